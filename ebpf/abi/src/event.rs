@@ -1,0 +1,1 @@
+//! The records that cross from the eBPF programs to the tool.

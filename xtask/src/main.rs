@@ -1,0 +1,2 @@
+//! Stands in until its first verb lands.
+fn main() {}
