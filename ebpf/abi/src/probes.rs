@@ -294,7 +294,12 @@ mod tests {
     fn names_are_unique() {
         for (index, probe) in PROBES.iter().enumerate() {
             let first = PROBES.iter().position(|other| other.name == probe.name);
-            assert_eq!(first, Some(index), "{} stands twice in the table", probe.name);
+            assert_eq!(
+                first,
+                Some(index),
+                "{} stands twice in the table",
+                probe.name
+            );
         }
     }
 
@@ -313,7 +318,12 @@ mod tests {
     #[test]
     fn probes_fit_the_register_operands_of_one_site() {
         for probe in PROBES {
-            assert!(probe.args.len() <= 6, "{} has {} arguments", probe.name, probe.args.len());
+            assert!(
+                probe.args.len() <= 6,
+                "{} has {} arguments",
+                probe.name,
+                probe.args.len()
+            );
         }
     }
 }
