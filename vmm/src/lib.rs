@@ -1,1 +1,6 @@
-//! The monitor, as a library.
+#![doc = include_str!("../ARCHITECTURE.md")]
+
+pub mod kvm;
+pub mod probes;
+pub mod runstate;
+pub mod spanlog;

@@ -1,0 +1,1 @@
+//! The ioctls that only arm64 has.

@@ -1,0 +1,1 @@
+//! The ioctls that only x86-64 has.
