@@ -231,7 +231,7 @@ fn a_hit_is_small() {
     let hit = |index: u64| {
         let args = vec![Value::U64(index), Value::I64(0)];
         Frame::Hit(Hit {
-            ts_ns: 1 << 50 | index * 10_000,
+            ts_ns: (1 << 50) + index * 10_000,
             pid: 70_000,
             tid: 70_001,
             probe: 40,

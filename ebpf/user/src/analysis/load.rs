@@ -1,0 +1,164 @@
+//! Reads a recording into one timeline a thread.
+
+use std::collections::{BTreeMap, HashMap};
+use std::io::Read;
+use std::sync::Arc;
+
+use super::spans::{self, Event, Meaning, Point, Problem, Span};
+use crate::recording::{
+    Cost, Ending, Error, Frame, Header, Hit, Ioctl, KernelFn, Reader, VcpuEdges, VcpuGap,
+};
+
+/// A whole recording, by process and thread. Times are its host's `CLOCK_MONOTONIC`, ns.
+#[derive(Debug)]
+pub struct Loaded {
+    /// The file's name, for messages.
+    pub name: String,
+    /// Where and how it was made.
+    pub header: Header,
+    /// Whether the recorder finished it.
+    pub ending: Ending,
+    /// When events were found to be lost, and how many.
+    pub lost: Vec<(u64, u64)>,
+    /// What recording cost, where the recorder said so.
+    pub cost: Option<Cost>,
+    /// Hits of probes that the recording does not define: they cannot be read.
+    pub undefined_hits: u64,
+    /// The processes, by pid.
+    pub processes: BTreeMap<u32, Process>,
+}
+
+/// A process of a recording.
+#[derive(Debug, Default)]
+pub struct Process {
+    /// Its name; empty when the recording does not say.
+    pub comm: String,
+    /// Its executable.
+    pub exe: String,
+    /// The threads that did something, by tid.
+    pub threads: BTreeMap<u32, Thread>,
+}
+
+/// What a thread did, each list in order of time.
+#[derive(Debug, Default)]
+pub struct Thread {
+    /// Its name; empty when the recording does not say.
+    pub name: String,
+    /// Its spans: a parent before its children.
+    pub spans: Vec<Span>,
+    /// Its moments.
+    pub points: Vec<Point>,
+    /// Where its probes do not pair.
+    pub problems: Vec<Problem>,
+    /// Its KVM ioctls.
+    pub ioctls: Vec<Ioctl>,
+    /// Kernel functions it was seen in.
+    pub functions: Vec<KernelFn>,
+    /// The bounds of its KVM_RUN calls, if it is a vCPU.
+    pub edges: Option<VcpuEdges>,
+    /// Where it stayed out of KVM_RUN.
+    pub gaps: Vec<VcpuGap>,
+}
+
+impl Loaded {
+    /// Reads all of `reader`; `name` is what messages call the recording.
+    ///
+    /// # Errors
+    /// What the reader returns; a cut recording is none.
+    pub fn read<R: Read>(name: String, mut reader: Reader<R>) -> Result<Self, Error> {
+        let mut loaded = Self {
+            name,
+            header: Header::default(),
+            ending: Ending::Finished,
+            lost: Vec::new(),
+            cost: None,
+            undefined_hits: 0,
+            processes: BTreeMap::new(),
+        };
+        let mut meanings = HashMap::new();
+        let mut hits: HashMap<(u32, u32), Vec<Event>> = HashMap::new();
+        for frame in &mut reader {
+            loaded.take(frame?, &mut meanings, &mut hits);
+        }
+        loaded.ending = reader.ending();
+        for ((pid, tid), events) in hits {
+            let paired = spans::pair(events);
+            let thread = loaded.thread(pid, tid);
+            (thread.spans, thread.points) = (paired.spans, paired.points);
+            thread.problems = paired.problems;
+        }
+        for thread in loaded
+            .processes
+            .values_mut()
+            .flat_map(|process| process.threads.values_mut())
+        {
+            thread.ioctls.sort_by_key(|ioctl| ioctl.enter_ns);
+            thread.functions.sort_by_key(|function| function.enter_ns);
+            thread.gaps.sort_by_key(|gap| gap.exit_ns);
+        }
+        Ok(loaded)
+    }
+
+    /// All events that were lost.
+    pub fn lost_events(&self) -> u64 {
+        self.lost
+            .iter()
+            .fold(0, |sum, (_, count)| sum.saturating_add(*count))
+    }
+
+    fn take(
+        &mut self,
+        frame: Frame,
+        meanings: &mut HashMap<u32, Arc<Meaning>>,
+        hits: &mut HashMap<(u32, u32), Vec<Event>>,
+    ) {
+        match frame {
+            Frame::Header(header) => self.header = header,
+            Frame::Process(process) => {
+                let known = self.processes.entry(process.pid).or_default();
+                (known.comm, known.exe) = (process.comm, process.exe);
+            }
+            Frame::Thread(thread) => self.thread(thread.pid, thread.tid).name = thread.name,
+            Frame::Probe(def) => {
+                meanings.insert(def.id, Arc::new(Meaning::of(&def)));
+            }
+            Frame::Hit(Hit {
+                ts_ns,
+                pid,
+                tid,
+                probe,
+                args,
+            }) => match meanings.get(&probe) {
+                Some(meaning) => {
+                    let meaning = Arc::clone(meaning);
+                    hits.entry((pid, tid)).or_default().push(Event {
+                        ts_ns,
+                        meaning,
+                        values: args,
+                    });
+                }
+                None => self.undefined_hits += 1,
+            },
+            Frame::Ioctl(ioctl) => self.thread(ioctl.pid, ioctl.tid).ioctls.push(ioctl),
+            Frame::KernelFn(function) => {
+                self.thread(function.pid, function.tid)
+                    .functions
+                    .push(function);
+            }
+            Frame::VcpuEdges(edges) => self.thread(edges.pid, edges.tid).edges = Some(edges),
+            Frame::VcpuGap(gap) => self.thread(gap.pid, gap.tid).gaps.push(gap),
+            Frame::Lost { at_ns, count } => self.lost.push((at_ns, count)),
+            Frame::Cost(cost) => self.cost = Some(cost),
+            Frame::Clock(_) | Frame::End { .. } => {}
+        }
+    }
+
+    fn thread(&mut self, pid: u32, tid: u32) -> &mut Thread {
+        self.processes
+            .entry(pid)
+            .or_default()
+            .threads
+            .entry(tid)
+            .or_default()
+    }
+}

@@ -1,0 +1,64 @@
+//! The command line: one file a verb, each with its arguments and one function `run`.
+
+mod report;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// The recording's file name where none is given.
+pub const DEFAULT_RECORDING: &str = "blackout.rec";
+
+/// Measures what a live migration's blackout is made of.
+///
+/// When a virtual machine migrates, there is a moment in which its guest runs nowhere. `blackout
+/// record` watches the virtual machine monitors on both ends (their USDT probes, and what KVM does
+/// for them), `blackout report` says how long that moment was and which layer took it.
+#[derive(Debug, Parser)]
+#[command(version, propagate_version = true, max_term_width = 100, after_help = EXIT_CODES)]
+pub struct Cli {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+const EXIT_CODES: &str = "\
+Exit codes:
+  0  done
+  1  done, and the answer is a bad one (--strict: events were lost, or a figure is in doubt)
+  3  could not run: bad arguments, an unreadable file, a missing right";
+
+#[derive(Debug, Subcommand)]
+enum Verb {
+    Report(report::Args),
+}
+
+/// How a verb ended, as the shell sees it. Code 2 is left to verdicts that stay open.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Outcome {
+    /// Done.
+    Done,
+    /// Done, and the answer is one that a script should stop at.
+    Bad,
+    /// Could not run.
+    CannotRun,
+}
+
+impl From<Outcome> for ExitCode {
+    fn from(outcome: Outcome) -> Self {
+        match outcome {
+            Outcome::Done => Self::SUCCESS,
+            Outcome::Bad => Self::from(1),
+            Outcome::CannotRun => Self::from(3),
+        }
+    }
+}
+
+/// Runs the verb.
+///
+/// # Errors
+/// Whatever kept it from running, as a chain of causes that begins with what was tried.
+pub fn run(cli: Cli) -> anyhow::Result<Outcome> {
+    match cli.verb {
+        Verb::Report(args) => report::run(&args),
+    }
+}
