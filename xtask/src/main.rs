@@ -1,2 +1,43 @@
-//! Stands in until its first verb lands.
-fn main() {}
+//! The project's own commands, one file per verb: `cargo xtask VERB`.
+
+mod artifacts;
+mod command;
+mod kernel;
+mod paths;
+mod setup;
+mod testbed;
+mod toolchain;
+
+use std::process::ExitCode;
+
+use clap::{Parser, Subcommand};
+
+/// Sets up, builds, runs and checks Blackout.
+#[derive(Parser)]
+#[command(name = "cargo xtask", bin_name = "cargo xtask")]
+struct Arguments {
+    #[command(subcommand)]
+    verb: Verb,
+}
+
+#[derive(Subcommand)]
+enum Verb {
+    /// Install what is missing; says what was there already.
+    Setup(setup::Arguments),
+    /// A shell, or one command, on emulated arm64 with KVM and an ITS.
+    Testbed(testbed::Arguments),
+}
+
+fn main() -> ExitCode {
+    let result = match Arguments::parse().verb {
+        Verb::Setup(arguments) => setup::run(&arguments).map(|()| 0),
+        Verb::Testbed(arguments) => testbed::run(&arguments),
+    };
+    match result {
+        Ok(code) => ExitCode::from(code),
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

@@ -1,0 +1,177 @@
+//! What the project builds: programs of the machine itself, and the same for the testbed.
+
+use std::collections::BTreeMap;
+use std::env::consts::ARCH;
+use std::fs;
+use std::path::{Path, PathBuf};
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, bail};
+use clap::ValueEnum;
+use serde_json::Value;
+
+use crate::{command, paths, toolchain::Choice};
+
+/// Where built programs will run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Platform {
+    /// On this machine, with its own `/dev/kvm`.
+    Host,
+    /// In the arm64 testbed: static programs.
+    Testbed,
+}
+
+impl Platform {
+    /// The architecture, as Rust and the kernel's tools spell it.
+    pub(crate) fn arch(self) -> &'static str {
+        match self {
+            Self::Host => ARCH,
+            Self::Testbed => "aarch64",
+        }
+    }
+}
+
+/// Paths of the built files, for one platform.
+#[derive(Clone, Debug)]
+pub(crate) struct Artifacts {
+    /// The virtual machine monitor, `blackout-vmm`.
+    pub(crate) vmm: PathBuf,
+    /// The measuring tool, `blackout`, with its eBPF programs inside.
+    pub(crate) tool: PathBuf,
+    /// The bare-metal guest, an ELF file.
+    pub(crate) guest: PathBuf,
+}
+
+impl Artifacts {
+    /// Name and path of each program, for copying them somewhere.
+    pub(crate) fn files(&self) -> [(&'static str, &Path); 3] {
+        [
+            ("blackout-vmm", &self.vmm),
+            ("blackout", &self.tool),
+            ("blackout-guest", &self.guest),
+        ]
+    }
+}
+
+/// Builds everything for `platform`; quick when nothing changed.
+pub(crate) fn build(platform: Platform) -> Result<Artifacts> {
+    let object = build_bpf(platform)?;
+    let guest = build_guest(platform)?;
+    let mut cargo = cargo(platform, "build")?;
+    cargo
+        .args([
+            "--package",
+            "blackout-vmm",
+            "--package",
+            "blackout",
+            "--bins",
+        ])
+        .env("BLACKOUT_BPF_OBJECT", &object);
+    let programs = executables(&mut cargo)?;
+    let program = |name: &str| {
+        programs
+            .get(name)
+            .cloned()
+            .with_context(|| format!("cargo built no program {name}"))
+    };
+    Ok(Artifacts {
+        vmm: program("blackout-vmm")?,
+        tool: program("blackout")?,
+        guest,
+    })
+}
+
+/// Builds the integration tests for `platform`: name and path of each test program.
+pub(crate) fn build_tests(platform: Platform) -> Result<BTreeMap<String, PathBuf>> {
+    let mut cargo = cargo(platform, "test")?;
+    cargo.args(["--package", "blackout-tests", "--tests", "--no-run"]);
+    executables(&mut cargo)
+}
+
+/// Builds the eBPF programs into `target/bpf/ARCH/blackout-ebpf`, the object file that the tool
+/// includes.
+pub(crate) fn build_bpf(platform: Platform) -> Result<PathBuf> {
+    let arch = platform.arch();
+    let folder = paths::target().join("bpf").join(arch);
+    let choice = Choice::for_bpf()
+        .context("no compiler here builds eBPF programs: run `cargo xtask setup`")?;
+    let mut cargo = choice.cargo("build")?;
+    // The layout of `pt_regs` depends on the architecture; BTF has to survive the link. A folder of
+    // its own keeps these flags from rebuilding everything else.
+    let flags = [
+        &format!("--cfg=bpf_target_arch=\"{arch}\""),
+        "-Cdebuginfo=2",
+        "-Clink-arg=--btf",
+    ];
+    cargo
+        .env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f"))
+        .args(["--package", "blackout-ebpf", "--target-dir"])
+        .arg(&folder);
+    let built = executables(&mut cargo)?
+        .remove("blackout-ebpf")
+        .context("cargo built no eBPF object")?;
+    let object = folder.join("blackout-ebpf");
+    replace_if_changed(&built, &object)?;
+    Ok(object)
+}
+
+/// Builds the bare-metal guest.
+fn build_guest(platform: Platform) -> Result<PathBuf> {
+    let arch = platform.arch();
+    let choice = Choice::for_guest(arch).with_context(|| {
+        format!("no compiler here builds bare-metal {arch} programs: run `cargo xtask setup`")
+    })?;
+    let mut cargo = choice.cargo("build")?;
+    cargo.args(["--package", "blackout-guest"]);
+    executables(&mut cargo)?
+        .remove("blackout-guest")
+        .context("cargo built no guest")
+}
+
+/// Cargo for programs with an operating system below them.
+fn cargo(platform: Platform, subcommand: &str) -> Result<Command> {
+    match platform {
+        Platform::Host => {
+            let mut cargo =
+                Command::new(std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+            cargo
+                .current_dir(paths::workspace())
+                .args([subcommand, "--release"]);
+            Ok(cargo)
+        }
+        Platform::Testbed => Choice::for_testbed()
+            .context("no compiler here builds programs for the testbed: run `cargo xtask setup`")?
+            .cargo(subcommand),
+    }
+}
+
+/// Runs a cargo build and returns the executables that it reports, by target name.
+fn executables(cargo: &mut Command) -> Result<BTreeMap<String, PathBuf>> {
+    cargo
+        .arg("--message-format=json-render-diagnostics")
+        .stdin(Stdio::null());
+    let messages = command::output(cargo)?;
+    let mut found = BTreeMap::new();
+    for line in messages.lines().filter(|line| line.starts_with('{')) {
+        let message: Value = serde_json::from_str(line).context("cargo printed broken JSON")?;
+        if let (Some(name), Some(file)) = (
+            message["target"]["name"].as_str(),
+            message["executable"].as_str(),
+        ) {
+            found.insert(name.to_owned(), PathBuf::from(file));
+        }
+    }
+    Ok(found)
+}
+
+/// Copies `from` to `to` unless it holds the same, so that dependants are not rebuilt in vain.
+fn replace_if_changed(from: &Path, to: &Path) -> Result<()> {
+    let new = fs::read(from).with_context(|| format!("cannot read {}", from.display()))?;
+    if new.is_empty() {
+        bail!("{} is empty", from.display());
+    }
+    if fs::read(to).is_ok_and(|old| old == new) {
+        return Ok(());
+    }
+    fs::write(to, new).with_context(|| format!("cannot write {}", to.display()))
+}

@@ -1,0 +1,178 @@
+//! `cargo xtask setup`: installs what is missing and says what was there already.
+
+mod debian;
+mod kernel;
+mod python;
+mod rust;
+
+use std::env::consts::ARCH;
+
+use anyhow::{Result, bail};
+use clap::ValueEnum;
+
+use crate::command;
+use crate::kernel::Series;
+
+/// Arguments of `cargo xtask setup`.
+#[derive(clap::Args)]
+pub(crate) struct Arguments {
+    /// What to set up for (repeatable); by default, building and the testbed.
+    #[arg(long = "for", value_enum, value_name = "PURPOSE")]
+    purposes: Vec<Purpose>,
+    /// Also fetch Linux 6.1 for the testbed.
+    #[arg(long)]
+    old_kernel: bool,
+}
+
+/// What a person wants to do; each purpose has its own list of needs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Purpose {
+    /// Building for this machine.
+    Build,
+    /// Building for the arm64 testbed, and booting it.
+    Testbed,
+    /// Running every test: the tools that the tests hold the project against.
+    Test,
+}
+
+/// Something that has to be on this machine.
+pub(crate) trait Need {
+    /// What it is, for a person.
+    fn name(&self) -> String;
+
+    /// What is there, if it is complete.
+    fn found(&self) -> Result<Option<String>>;
+
+    /// Debian packages that have to be installed before `install`. Called only when it is missing;
+    /// may try a way that needs no packages first.
+    fn packages(&self) -> Vec<String> {
+        Vec::new()
+    }
+
+    /// Does what packages alone do not.
+    fn install(&self) -> Result<()> {
+        Ok(())
+    }
+}
+
+/// Runs the verb.
+pub(crate) fn run(arguments: &Arguments) -> Result<()> {
+    let purposes = match arguments.purposes.as_slice() {
+        [] => &[Purpose::Build, Purpose::Testbed],
+        given => given,
+    };
+    let mut needs = needs(purposes);
+    if arguments.old_kernel {
+        needs.push(Box::new(Series::V6_1));
+    }
+    install(&needs, true)
+}
+
+/// Installs what is missing for `purposes`, silent about what is there: for verbs that build on it.
+pub(crate) fn ensure(purposes: &[Purpose]) -> Result<()> {
+    install(&needs(purposes), false)
+}
+
+fn needs(purposes: &[Purpose]) -> Vec<Box<dyn Need>> {
+    let mut needs: Vec<Box<dyn Need>> = vec![
+        Box::new(rust::BpfCompiler),
+        Box::new(rust::BpfLinker),
+        Box::new(rust::GuestCompiler(ARCH)),
+    ];
+    if purposes.contains(&Purpose::Testbed) {
+        if ARCH != "aarch64" {
+            needs.push(Box::new(rust::GuestCompiler("aarch64")));
+        }
+        needs.push(Box::new(rust::TestbedCompiler));
+        needs.push(Box::new(Program {
+            name: "qemu-system-aarch64",
+            package: "qemu-system-arm",
+        }));
+        needs.push(Box::new(Program {
+            name: "setpriv",
+            package: "util-linux",
+        }));
+        needs.push(Box::new(Program {
+            name: "xz",
+            package: "xz-utils",
+        }));
+        needs.push(Box::new(Series::V6_12));
+    }
+    if purposes.contains(&Purpose::Test) {
+        needs.push(Box::new(Program {
+            name: "bpftrace",
+            package: "bpftrace",
+        }));
+        needs.push(Box::new(Program {
+            name: "node",
+            package: "nodejs",
+        }));
+        needs.push(Box::new(python::Environment));
+    }
+    needs
+}
+
+fn install(needs: &[Box<dyn Need>], verbose: bool) -> Result<()> {
+    let mut missing = Vec::new();
+    for need in needs {
+        match need.found()? {
+            Some(what) if verbose => println!("  there    {}: {what}", need.name()),
+            Some(_) => {}
+            None => {
+                println!("  missing  {}", need.name());
+                missing.push(need);
+            }
+        }
+    }
+    if missing.is_empty() {
+        return Ok(());
+    }
+
+    let mut packages: Vec<String> = Vec::new();
+    for package in missing.iter().flat_map(|need| need.packages()) {
+        if !packages.contains(&package) {
+            packages.push(package);
+        }
+    }
+    packages.retain(|package| !debian::is_installed(package));
+    if !packages.is_empty() {
+        if command::find("apt-get").is_none() || !debian::is_root() {
+            bail!(
+                "only root on a Debian system can install these; please run\n    \
+                 sudo apt-get update && sudo apt-get install --no-install-recommends {}\n\
+                 and then this command again",
+                packages.join(" ")
+            );
+        }
+        println!("  install  {}", packages.join(" "));
+        debian::install(&packages)?;
+    }
+    for need in missing {
+        println!("  set up   {}", need.name());
+        need.install()?;
+        if need.found()?.is_none() {
+            bail!("{} is still missing after its installation", need.name());
+        }
+    }
+    Ok(())
+}
+
+/// A program of a Debian package.
+struct Program {
+    name: &'static str,
+    package: &'static str,
+}
+
+impl Need for Program {
+    fn name(&self) -> String {
+        self.name.to_owned()
+    }
+
+    fn found(&self) -> Result<Option<String>> {
+        Ok(command::find(self.name).map(|file| file.display().to_string()))
+    }
+
+    fn packages(&self) -> Vec<String> {
+        vec![self.package.to_owned()]
+    }
+}

@@ -1,0 +1,103 @@
+//! The testbed's kernel: Debian's, unpacked into the cache.
+
+use std::fs;
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, bail};
+
+use super::{Need, debian::Archive};
+use crate::command;
+use crate::kernel::{Kernel, MODULES, Series};
+
+impl Need for Series {
+    fn name(&self) -> String {
+        format!("arm64 Linux {self} and busybox for the testbed")
+    }
+
+    fn found(&self) -> Result<Option<String>> {
+        let version = self.folder()?.join("version");
+        if Kernel::find(*self).is_err() {
+            return Ok(None);
+        }
+        Ok(fs::read_to_string(version)
+            .ok()
+            .map(|version| version.trim().to_owned()))
+    }
+
+    fn install(&self) -> Result<()> {
+        let archive = Archive::open()?;
+        let package = archive.resolve("linux-image-arm64", &format!("{self}."))?;
+        let folder = self.folder()?;
+        let staging = folder.with_extension("new");
+        let _ = fs::remove_dir_all(&staging);
+        let unpacked = staging.join("unpacked");
+        fs::create_dir_all(&unpacked)
+            .with_context(|| format!("cannot create {}", unpacked.display()))?;
+        archive.unpack("busybox-static", &unpacked)?;
+        archive.unpack(&package, &unpacked)?;
+
+        let release = package.trim_start_matches("linux-image-");
+        rename(
+            &unpacked.join(format!("boot/vmlinuz-{release}")),
+            &staging.join("Image"),
+        )?;
+        rename(
+            &unpacked.join(format!("boot/config-{release}")),
+            &staging.join("config"),
+        )?;
+        rename(&busybox(&unpacked)?, &staging.join("busybox"))?;
+        decompress_modules(&unpacked, &staging.join("modules"))?;
+        fs::remove_dir_all(&unpacked).context("cannot remove what was unpacked")?;
+        fs::write(staging.join("version"), format!("{release}\n"))?;
+        // Only a whole folder gets the final name, so an interrupted setup leaves none behind.
+        let _ = fs::remove_dir_all(&folder);
+        rename(&staging, &folder)
+    }
+}
+
+fn rename(from: &Path, to: &Path) -> Result<()> {
+    fs::rename(from, to)
+        .with_context(|| format!("cannot move {} to {}", from.display(), to.display()))
+}
+
+/// Debian moved /bin into /usr between the releases that setup draws from.
+fn busybox(unpacked: &Path) -> Result<std::path::PathBuf> {
+    ["bin/busybox", "usr/bin/busybox"]
+        .iter()
+        .map(|file| unpacked.join(file))
+        .find(|file| file.is_file())
+        .context("the package busybox-static has no bin/busybox")
+}
+
+/// Finds the modules in `MODULES` below `unpacked` and writes them uncompressed: busybox's insmod
+/// cannot decompress them, and the testbed would take long to do so.
+fn decompress_modules(unpacked: &Path, target: &Path) -> Result<()> {
+    fs::create_dir_all(target).with_context(|| format!("cannot create {}", target.display()))?;
+    let files = command::output(Command::new("find").arg(unpacked).args(["-name", "*.ko*"]))?;
+    for name in MODULES {
+        let named = |file: &&str| {
+            let file = file.rsplit('/').next().unwrap_or_default();
+            file == format!("{name}.ko") || file == format!("{name}.ko.xz")
+        };
+        let Some(file) = files.lines().find(named) else {
+            continue;
+        };
+        let output = fs::File::create(target.join(format!("{name}.ko")))?;
+        let program = if file.ends_with(".xz") {
+            ["xz", "-dc"].as_slice()
+        } else {
+            &["cat"]
+        };
+        command::run(
+            Command::new(program[0])
+                .args(&program[1..])
+                .arg(file)
+                .stdout(Stdio::from(output)),
+        )?;
+    }
+    if !target.join("9p.ko").is_file() {
+        bail!("the kernel's package has no 9p module: the testbed could not share files");
+    }
+    Ok(())
+}

@@ -1,0 +1,77 @@
+//! `cargo xtask testbed`: a shell, or one command, on emulated arm64 with KVM and an ITS.
+
+mod initramfs;
+mod machine;
+
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+
+pub(crate) use self::machine::{Mode, Testbed};
+use crate::artifacts::{self, Platform};
+use crate::kernel::{Kernel, Series};
+
+/// Arguments of `cargo xtask testbed`.
+#[derive(clap::Args)]
+pub(crate) struct Arguments {
+    /// Count instructions instead of time: one CPU whose clock advances 1 ns an instruction.
+    #[arg(long)]
+    icount: bool,
+    /// The kernel to boot.
+    #[arg(long, value_enum, default_value = "6.12")]
+    kernel: Series,
+    /// Do not build; take the programs that an earlier build left.
+    #[arg(long)]
+    no_build: bool,
+    /// Put a file of this machine into the testbed (repeatable).
+    #[arg(long, value_name = "HOST=GUEST")]
+    file: Vec<String>,
+    /// The testbed's memory in MiB.
+    #[arg(long, default_value_t = 2048)]
+    memory: u32,
+    /// Give up after this many seconds.
+    #[arg(long, default_value_t = 600)]
+    timeout: u64,
+    /// Working files go to target/testbed/NAME; needed to run two at a time.
+    #[arg(long, default_value = "shell")]
+    name: String,
+    /// The command to run; without one, a shell on this terminal.
+    #[arg(last = true)]
+    command: Vec<String>,
+}
+
+/// Runs the verb; the exit code is the command's.
+pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
+    let mut testbed = Testbed::new(Kernel::find(arguments.kernel)?, &arguments.name)
+        .memory_mib(arguments.memory)
+        .mode(if arguments.icount {
+            Mode::Counting
+        } else {
+            Mode::Function
+        });
+    if !arguments.no_build {
+        for (name, file) in artifacts::build(Platform::Testbed)?.files() {
+            testbed = testbed.file(file, format!("/bin/{name}"));
+        }
+    }
+    for file in &arguments.file {
+        let (host, guest) = file
+            .split_once('=')
+            .with_context(|| format!("--file {file}: expected HOST=GUEST"))?;
+        testbed = testbed.file(host, guest);
+    }
+    let command: Vec<_> = arguments.command.iter().map(String::as_str).collect();
+    let finished = if command.is_empty() {
+        testbed.interact(&command)?
+    } else {
+        testbed.run(&command, Duration::from_secs(arguments.timeout), |line| {
+            println!("{line}")
+        })?
+    };
+    eprintln!(
+        "testbed: exit status {} after {:.1} s",
+        finished.status,
+        finished.elapsed.as_secs_f64()
+    );
+    Ok(u8::try_from(finished.status).unwrap_or(1))
+}

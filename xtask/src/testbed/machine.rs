@@ -1,0 +1,339 @@
+//! One run of the testbed: an emulated arm64 computer with EL2, a GICv3 and its ITS.
+//!
+//! QEMU's TCG needs neither root nor KVM. Inside, a stock Debian kernel offers a working `/dev/kvm`,
+//! so the VMM's arm64 half meets the real `KVM_DEV_ARM_ITS_SAVE_TABLES`.
+
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::path::PathBuf;
+use std::process::{Child, Command, Stdio};
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+
+use super::initramfs::Initramfs;
+use crate::{kernel::Kernel, paths};
+
+/// What the testbed's clock counts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Mode {
+    /// Two CPUs, each on a thread of its own: the quickest way to see whether something works.
+    Function,
+    /// One CPU whose clock advances 1 ns an instruction: costs repeat from boot to boot.
+    Counting,
+}
+
+/// A testbed to be started, with the files that it will hold.
+pub(crate) struct Testbed {
+    kernel: Kernel,
+    mode: Mode,
+    memory_mib: u32,
+    files: Vec<(PathBuf, String)>,
+    environment: Vec<(String, String)>,
+    qemu_arguments: Vec<String>,
+    folder: PathBuf,
+}
+
+/// How a program in the testbed ended, and how long it took by this machine's clock.
+#[derive(Debug)]
+pub(crate) struct Finished {
+    /// The program's exit status as the shell gives it: 128 + n for signal n.
+    pub(crate) status: i32,
+    /// From the start of QEMU to its end.
+    pub(crate) elapsed: Duration,
+}
+
+impl Testbed {
+    /// A testbed with `kernel` whose working files go to `target/testbed/NAME`.
+    ///
+    /// Two testbeds that run at the same time need different names.
+    pub(crate) fn new(kernel: Kernel, name: &str) -> Self {
+        Self {
+            kernel,
+            mode: Mode::Function,
+            memory_mib: 2048,
+            files: Vec::new(),
+            environment: Vec::new(),
+            qemu_arguments: Vec::new(),
+            folder: paths::target().join("testbed").join(name),
+        }
+    }
+
+    /// Chooses what the testbed's clock counts.
+    pub(crate) fn mode(mut self, mode: Mode) -> Self {
+        self.mode = mode;
+        self
+    }
+
+    /// Sets the size of the testbed's memory.
+    pub(crate) fn memory_mib(mut self, mib: u32) -> Self {
+        self.memory_mib = mib;
+        self
+    }
+
+    /// Puts the file `host` of this machine at the absolute path `guest`, executable.
+    pub(crate) fn file(mut self, host: impl Into<PathBuf>, guest: impl Into<String>) -> Self {
+        self.files.push((host.into(), guest.into()));
+        self
+    }
+
+    /// Sets an environment variable of the program.
+    pub(crate) fn env(mut self, name: impl Into<String>, value: impl Into<String>) -> Self {
+        self.environment.push((name.into(), value.into()));
+        self
+    }
+
+    /// Passes further arguments to QEMU, such as a `-netdev`.
+    pub(crate) fn qemu(mut self, arguments: &[&str]) -> Self {
+        self.qemu_arguments
+            .extend(arguments.iter().map(|&argument| argument.to_owned()));
+        self
+    }
+
+    /// The folder of this machine that the testbed sees as `/share`.
+    pub(crate) fn share(&self) -> PathBuf {
+        self.folder.join("share")
+    }
+
+    /// Boots, runs `program` (a path or a name on PATH, then its arguments), and powers off.
+    ///
+    /// Every line that it prints on standard output or standard error is handed to `line` at once.
+    /// `/share/out` in the testbed is emptied first and is `share()/out` here afterwards.
+    ///
+    /// # Errors
+    /// When QEMU cannot be started, when the testbed ends without reporting a status (a panic of
+    /// its kernel, say), or when `timeout` passes. QEMU is gone in every case.
+    pub(crate) fn run(
+        &self,
+        program: &[&str],
+        timeout: Duration,
+        mut line: impl FnMut(&str),
+    ) -> Result<Finished> {
+        self.prepare(program, false)?;
+        let started = Instant::now();
+        let mut qemu = Qemu::start(
+            self.qemu_command()
+                .args(["-chardev", "file,id=output,path=/dev/stdout"])
+                .args(["-device", "virtserialport,chardev=output,nr=1"])
+                .stdin(Stdio::null())
+                .stdout(Stdio::piped()),
+        )?;
+        let output = qemu.0.stdout.take().context("QEMU's output is not there")?;
+        let (sender, lines) = channel();
+        let reader = thread::spawn(move || {
+            let mut output = BufReader::new(output);
+            let mut buffer = Vec::new();
+            while output
+                .read_until(b'\n', &mut buffer)
+                .is_ok_and(|length| length > 0)
+            {
+                let text = String::from_utf8_lossy(buffer.trim_ascii_end()).into_owned();
+                buffer.clear();
+                if sender.send(text).is_err() {
+                    return;
+                }
+            }
+        });
+        loop {
+            match lines.recv_timeout(timeout.saturating_sub(started.elapsed())) {
+                Ok(text) => line(&text),
+                Err(RecvTimeoutError::Disconnected) => break,
+                Err(RecvTimeoutError::Timeout) => {
+                    bail!(
+                        "the testbed did not finish within {} s\n{}",
+                        timeout.as_secs(),
+                        self.kernel_log()
+                    )
+                }
+            }
+        }
+        // The output ends when QEMU does, or, when QEMU hangs on exit, never before it.
+        let exit = qemu.0.wait().context("cannot wait for QEMU")?;
+        let elapsed = started.elapsed();
+        if reader.join().is_err() {
+            bail!("the reader of the testbed's output panicked");
+        }
+        if !exit.success() {
+            bail!("qemu-system-aarch64 failed: {exit}");
+        }
+        Ok(Finished {
+            status: self.status()?,
+            elapsed,
+        })
+    }
+
+    /// Boots with the terminal attached to a shell, or to `program` if it is not empty.
+    pub(crate) fn interact(&self, program: &[&str]) -> Result<Finished> {
+        let program = if program.is_empty() {
+            &["sh", "-l"]
+        } else {
+            program
+        };
+        self.prepare(program, true)?;
+        let started = Instant::now();
+        let mut qemu = Qemu::start(
+            self.qemu_command()
+                .args([
+                    "-chardev",
+                    "stdio,id=output,mux=on,signal=off",
+                    "-mon",
+                    "chardev=output",
+                ])
+                .args(["-device", "virtconsole,chardev=output"]),
+        )?;
+        let exit = qemu.0.wait().context("cannot wait for QEMU")?;
+        if !exit.success() {
+            bail!("qemu-system-aarch64 failed: {exit}");
+        }
+        Ok(Finished {
+            status: self.status()?,
+            elapsed: started.elapsed(),
+        })
+    }
+
+    /// Writes the initramfs and empties the results of an earlier run.
+    fn prepare(&self, program: &[&str], interactive: bool) -> Result<()> {
+        let results = self.share().join("out");
+        if results.exists() {
+            fs::remove_dir_all(&results)
+                .with_context(|| format!("cannot empty {}", results.display()))?;
+        }
+        fs::create_dir_all(&results)
+            .with_context(|| format!("cannot create {}", results.display()))?;
+        for stale in [self.status_file(), self.log_file()] {
+            fs::write(&stale, "").with_context(|| format!("cannot write {}", stale.display()))?;
+        }
+
+        let mut initramfs = Initramfs::create(&self.initramfs_file())?;
+        initramfs.file("/init", include_bytes!("init.sh"))?;
+        initramfs.copy(&self.kernel.busybox, "/bin/busybox")?;
+        initramfs.copy(&self.kernel.busybox, "/bin/sh")?;
+        for (name, file) in &self.kernel.modules {
+            initramfs.copy(file, &format!("/modules/{name}.ko"))?;
+        }
+        let modules: Vec<_> = self
+            .kernel
+            .modules
+            .iter()
+            .map(|(name, _)| name.as_str())
+            .collect();
+        initramfs.file("/etc/modules", modules.join("\n").as_bytes())?;
+        for (host, guest) in &self.files {
+            initramfs.copy(host, guest)?;
+        }
+        initramfs.file("/etc/command", self.shell_command(program).as_bytes())?;
+        if interactive {
+            initramfs.file("/etc/interactive", b"")?;
+        }
+        initramfs.finish()
+    }
+
+    fn shell_command(&self, program: &[&str]) -> String {
+        let mut script = String::new();
+        for (name, value) in &self.environment {
+            script += &format!("export {name}={}\n", quote(value));
+        }
+        let words: Vec<_> = program.iter().map(|word| quote(word)).collect();
+        script + "exec " + &words.join(" ") + "\n"
+    }
+
+    fn qemu_command(&self) -> Command {
+        // setpriv ends QEMU when this process dies, however it dies.
+        let mut qemu = Command::new("setpriv");
+        qemu.args(["--pdeathsig", "KILL", "qemu-system-aarch64"])
+            .args([
+                "-machine",
+                "virt,virtualization=on,gic-version=3,its=on,dtb-kaslr-seed=off",
+            ])
+            .args([
+                "-cpu",
+                "max,pauth-impdef=on",
+                "-m",
+                &self.memory_mib.to_string(),
+            ])
+            .args(["-nodefaults", "-display", "none", "-no-reboot"])
+            .arg("-serial")
+            .arg(format!("file:{}", self.log_file().display()))
+            .arg("-kernel")
+            .arg(&self.kernel.image)
+            .arg("-initrd")
+            .arg(self.initramfs_file())
+            .args(["-append", "console=ttyAMA0 quiet nokaslr panic=-1"])
+            .args(["-device", "virtio-serial-pci"])
+            .arg("-chardev")
+            .arg(format!(
+                "file,id=status,path={}",
+                self.status_file().display()
+            ))
+            .args(["-device", "virtserialport,chardev=status,nr=2"])
+            .arg("-virtfs")
+            .arg(format!(
+                "local,path={},mount_tag=share,security_model=none",
+                self.share().display()
+            ));
+        match self.mode {
+            Mode::Function => qemu.args(["-accel", "tcg,thread=multi", "-smp", "2"]),
+            Mode::Counting => qemu.args(["-icount", "shift=0,sleep=off", "-smp", "1"]),
+        };
+        qemu.args(&self.qemu_arguments);
+        qemu
+    }
+
+    fn status(&self) -> Result<i32> {
+        let text = fs::read_to_string(self.status_file()).context("cannot read the status file")?;
+        text.trim().parse().map_err(|_| {
+            anyhow::anyhow!("the testbed ended without a status\n{}", self.kernel_log())
+        })
+    }
+
+    /// The end of what the kernel wrote on its console: the reason when a testbed fails.
+    fn kernel_log(&self) -> String {
+        let log = fs::read(self.log_file()).unwrap_or_default();
+        let log = String::from_utf8_lossy(&log);
+        let lines: Vec<_> = log.lines().collect();
+        let tail = lines[lines.len().saturating_sub(20)..].join("\n");
+        format!(
+            "its kernel's last words ({}):\n{tail}",
+            self.log_file().display()
+        )
+    }
+
+    fn status_file(&self) -> PathBuf {
+        self.folder.join("status")
+    }
+
+    fn log_file(&self) -> PathBuf {
+        self.folder.join("kernel.log")
+    }
+
+    fn initramfs_file(&self) -> PathBuf {
+        self.folder.join("initramfs.cpio")
+    }
+}
+
+/// A running QEMU, killed when dropped.
+struct Qemu(Child);
+
+impl Qemu {
+    fn start(command: &mut Command) -> Result<Self> {
+        command
+            .spawn()
+            .map(Self)
+            .context("cannot start QEMU: run `cargo xtask setup`")
+    }
+}
+
+impl Drop for Qemu {
+    fn drop(&mut self) {
+        // Both fail only when QEMU has ended already.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+/// `word` as one word of a POSIX shell.
+fn quote(word: &str) -> String {
+    format!("'{}'", word.replace('\'', r"'\''"))
+}
