@@ -1,3 +1,143 @@
-//! eBPF programs.
+//! The eBPF programs of the tool.
+//!
+//! Thin entry points; what they do is in one file per source of events: [`usdt`] (any probe of any
+//! process, told apart by attach cookie), [`ioctl`] (KVM's ioctls), [`run`] (`KVM_RUN`, which is
+//! counted here and not reported call by call), [`call`] (the ITS functions of arm64's KVM).
+//! [`shared`] has what they all use: the maps, the ring buffer, the filter.
+//!
+//! The loader is `ebpf/user/src/capture`. It attaches those programs that the kernel takes; the
+//! programs therefore do not count on each other. The object is the same for x86-64 and arm64:
+//! whatever depends on the architecture reaches it through maps and globals.
 #![no_std]
 #![no_main]
+
+mod call;
+mod ioctl;
+mod run;
+mod shared;
+mod usdt;
+
+use aya_ebpf::EbpfContext;
+use aya_ebpf::macros::{fentry, fexit, kprobe, kretprobe, tracepoint, uprobe};
+use aya_ebpf::programs::{
+    FEntryContext, FExitContext, ProbeContext, RetProbeContext, TracePointContext,
+};
+use blackout_abi::event::Function;
+
+/// USDT sites, where the kernel has sleepable uprobes (6.0): strings are paged in if need be.
+#[uprobe(sleepable)]
+fn usdt_sleepable(ctx: ProbeContext) -> u32 {
+    usdt::hit::<true>(ctx.as_ptr());
+    0
+}
+
+/// USDT sites on older kernels: a string whose page is not resident is not read.
+#[uprobe]
+fn usdt_plain(ctx: ProbeContext) -> u32 {
+    usdt::hit::<false>(ctx.as_ptr());
+    0
+}
+
+/// `syscalls:sys_enter_ioctl`
+#[tracepoint]
+fn ioctl_enter(ctx: TracePointContext) -> u32 {
+    // SAFETY: the program is attached to `syscalls:sys_enter_ioctl` only.
+    let (fd, cmd, arg) = unsafe { ioctl::enter_args(ctx.as_ptr()) };
+    ioctl::enter(fd, cmd, arg);
+    0
+}
+
+/// `syscalls:sys_exit_ioctl`
+#[tracepoint]
+fn ioctl_exit(ctx: TracePointContext) -> u32 {
+    // SAFETY: the program is attached to `syscalls:sys_exit_ioctl` only.
+    let ret = unsafe { ioctl::exit_ret(ctx.as_ptr()) };
+    ioctl::exit(ret);
+    0
+}
+
+/// `kvm:kvm_entry`
+#[tracepoint]
+fn guest_enter(_ctx: TracePointContext) -> u32 {
+    run::guest_enter();
+    0
+}
+
+/// `kvm:kvm_exit`
+#[tracepoint]
+fn guest_exit(_ctx: TracePointContext) -> u32 {
+    run::guest_exit();
+    0
+}
+
+/// `sched:sched_process_exit`, which fires for every thread.
+#[tracepoint]
+fn thread_exit(_ctx: TracePointContext) -> u32 {
+    run::thread_exit();
+    ioctl::thread_exit();
+    0
+}
+
+/// The four programs of one kernel function: a pair by trampoline, a pair by kprobe.
+macro_rules! function {
+    ($function:expr, $fentry:ident, $fexit:ident, $kprobe:ident, $kretprobe:ident) => {
+        #[fentry]
+        fn $fentry(_ctx: FEntryContext) -> i32 {
+            call::enter();
+            0
+        }
+
+        #[fexit]
+        fn $fexit(ctx: FExitContext) -> i32 {
+            // All three functions take one argument; the return value follows it.
+            call::exit($function, ctx.arg::<i32>(1));
+            0
+        }
+
+        #[kprobe]
+        fn $kprobe(_ctx: ProbeContext) -> u32 {
+            call::enter();
+            0
+        }
+
+        #[kretprobe]
+        fn $kretprobe(ctx: RetProbeContext) -> u32 {
+            call::exit($function, call::returned(ctx.as_ptr()));
+            0
+        }
+    };
+}
+
+function!(
+    Function::ItsSave,
+    its_save_fentry,
+    its_save_fexit,
+    its_save_kprobe,
+    its_save_kretprobe
+);
+function!(
+    Function::ItsRestore,
+    its_restore_fentry,
+    its_restore_fexit,
+    its_restore_kprobe,
+    its_restore_kretprobe
+);
+function!(
+    Function::PendingSave,
+    pending_save_fentry,
+    pending_save_fexit,
+    pending_save_kprobe,
+    pending_save_kretprobe
+);
+
+/// `bpf_probe_read_kernel`, `bpf_get_attach_cookie` and others are given only to programs under a
+/// licence that the kernel takes for one.
+#[unsafe(link_section = "license")]
+#[unsafe(no_mangle)]
+static LICENSE: [u8; 13] = *b"Dual MIT/GPL\0";
+
+/// Never reached: the programs have no path that panics, and the verifier refuses one that could.
+#[panic_handler]
+fn panic(_info: &core::panic::PanicInfo<'_>) -> ! {
+    loop {}
+}
