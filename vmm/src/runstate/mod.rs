@@ -4,6 +4,6 @@ pub mod event;
 pub mod notify;
 pub mod states;
 
-pub use event::{Event, EventSender};
+pub use event::{Event, EventSender, Request};
 pub use notify::{HandlerError, NotifyList, StateHandler};
 pub use states::{IllegalTransition, RunState};

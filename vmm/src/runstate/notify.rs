@@ -152,9 +152,7 @@ mod tests {
             let name = self.name.to_str().unwrap();
             self.calls.lock().unwrap().push(format!("{name} {phase}"));
             if self.fails {
-                return Err(CallbackError::from(io::Error::from_raw_os_error(
-                    libc::EINVAL,
-                )));
+                return Err(io::Error::from_raw_os_error(libc::EINVAL).into());
             }
             Ok(())
         }

@@ -1,0 +1,49 @@
+//! Picks the architecture. Both sides export the same names, listed below.
+
+#[cfg(target_arch = "aarch64")]
+#[path = "aarch64/mod.rs"]
+mod imp;
+#[cfg(target_arch = "x86_64")]
+#[path = "x86_64/mod.rs"]
+mod imp;
+
+pub use imp::{
+    Entry, Error, Irqchip, NAME, SERIAL, init_vcpu, load_payload, platform_devices, ram_layout,
+    set_entry, vcpu_state,
+};
+
+use crate::devices::bus;
+
+/// Where the serial console is.
+#[derive(Clone, Copy, Debug)]
+pub struct Serial {
+    /// Its first address: MMIO, or an I/O port when `pio`.
+    pub base: u64,
+    /// Bytes of its range.
+    pub size: u64,
+    /// Whether `base` is a port.
+    pub pio: bool,
+    /// The GSI of its interrupt, for an irqfd.
+    pub gsi: u32,
+}
+
+/// A device that belongs to the architecture's board, and where it is.
+pub struct BoardDevice {
+    /// Its first address: MMIO, or an I/O port when `pio`.
+    pub base: u64,
+    /// Bytes of its range.
+    pub size: u64,
+    /// Whether `base` is a port.
+    pub pio: bool,
+    /// The device.
+    pub device: bus::Shared,
+}
+
+/// What the boot page tells the guest, besides what the architecture knows itself.
+#[derive(Clone, Copy, Debug)]
+pub struct BootParams<'a> {
+    /// vCPUs of the machine.
+    pub vcpus: u32,
+    /// The guest's command line.
+    pub cmdline: &'a str,
+}

@@ -1,0 +1,292 @@
+//! Guest RAM: one memfd, one KVM slot a region, and the dirty log.
+//!
+//! The memfd is called `blackout-ram`, so that an outside observer finds it under `/proc/PID/fd`;
+//! its pages lie in the order of the regions. The guest writes this memory at any time, so nothing
+//! here hands out a reference into it: bytes are copied in and out.
+#![allow(unsafe_code)]
+
+use std::fs::File;
+use std::io;
+use std::sync::Arc;
+
+use nix::sys::memfd::{MFdFlags, memfd_create};
+use vm_memory::mmap::FromRangesError;
+use vm_memory::{
+    Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap,
+    GuestMemoryRegion,
+};
+
+use crate::kvm::{self, Slot, Vm};
+use crate::probes::Errno;
+
+/// The page size of every dirty log and of the migration stream. Both architectures run 4 KiB.
+pub const PAGE_SIZE: u64 = 4096;
+
+/// Guest RAM could not be made, reached or tracked.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// A region's start or size is no multiple of the page size, or there is no region.
+    #[error("a RAM region at {gpa:#x} of {size:#x} bytes is not made of whole pages")]
+    Layout {
+        /// Guest-physical address.
+        gpa: u64,
+        /// Bytes.
+        size: u64,
+    },
+    /// The memfd could not be created or sized.
+    #[error("memfd of {0} bytes for guest RAM")]
+    Memfd(u64, #[source] io::Error),
+    /// The memfd could not be mapped.
+    #[error("mapping guest RAM")]
+    Map(#[source] FromRangesError),
+    /// An access outside RAM.
+    #[error("guest-physical {gpa:#x}, {len} bytes")]
+    Access {
+        /// Where it started.
+        gpa: u64,
+        /// Its length.
+        len: usize,
+        /// What vm-memory said.
+        source: GuestMemoryError,
+    },
+    /// A slot or its log.
+    #[error(transparent)]
+    Kvm(#[from] kvm::Error),
+}
+
+impl Errno for Error {
+    fn errno(&self) -> i32 {
+        match self {
+            Error::Layout { .. } => libc::EINVAL,
+            Error::Memfd(_, source) => source.errno(),
+            Error::Map(_) => libc::ENOMEM,
+            Error::Access { .. } => libc::EFAULT,
+            Error::Kvm(source) => source.errno(),
+        }
+    }
+}
+
+/// Neighbouring pages.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct PageRun {
+    /// Guest-physical address of the first page.
+    pub gpa: u64,
+    /// How many pages; never 0.
+    pub pages: u64,
+}
+
+/// Guest RAM.
+#[derive(Clone, Debug)]
+pub struct GuestRam {
+    mem: GuestMemoryMmap,
+    slots: Arc<[Slot]>,
+}
+
+impl GuestRam {
+    /// Makes zeroed RAM with the regions `layout`, each a guest-physical address and a size.
+    pub fn new(layout: &[(u64, u64)]) -> Result<Self, Error> {
+        for &(gpa, size) in layout {
+            if size == 0 || gpa % PAGE_SIZE != 0 || size % PAGE_SIZE != 0 {
+                return Err(Error::Layout { gpa, size });
+            }
+        }
+        let total = layout.iter().map(|&(_, size)| size).sum();
+        let memfd = memfd(total).map_err(|source| Error::Memfd(total, source))?;
+        let mut offset = 0;
+        let ranges = layout.iter().map(|&(gpa, size)| {
+            let file = FileOffset::from_arc(Arc::clone(&memfd), offset);
+            offset += size;
+            (
+                GuestAddress(gpa),
+                usize::try_from(size).unwrap_or(usize::MAX),
+                Some(file),
+            )
+        });
+        let mem = GuestMemoryMmap::from_ranges_with_files(ranges).map_err(Error::Map)?;
+        let slots = mem.iter().zip(0u32..).map(|(region, id)| Slot {
+            id,
+            gpa: region.start_addr().0,
+            size: region.len(),
+            hva: region.as_ptr().expose_provenance() as u64,
+        });
+        let slots = slots.collect();
+        Ok(GuestRam { mem, slots })
+    }
+
+    /// The memory itself, for loaders and devices.
+    pub fn mem(&self) -> &GuestMemoryMmap {
+        &self.mem
+    }
+
+    /// The regions, as guest-physical address and size, in the order of the memfd.
+    pub fn regions(&self) -> impl Iterator<Item = (u64, u64)> {
+        self.slots.iter().map(|slot| (slot.gpa, slot.size))
+    }
+
+    /// Bytes of RAM.
+    pub fn size(&self) -> u64 {
+        self.slots.iter().map(|slot| slot.size).sum()
+    }
+
+    /// Gives every region its slot in `vm`, with the dirty log off.
+    pub fn register(&self, vm: &Vm) -> Result<(), Error> {
+        self.set_dirty_log(vm, false)
+    }
+
+    /// Switches the dirty log of every slot. Switched on, it starts empty.
+    pub fn set_dirty_log(&self, vm: &Vm, on: bool) -> Result<(), Error> {
+        for slot in self.slots.iter() {
+            // SAFETY: the mapping of `slot` is `self.mem`'s, which machine.rs keeps alive as long
+            // as the VM; it is only ever reached through vm-memory's volatile accesses.
+            unsafe { vm.set_memory_slot(slot, on) }?;
+        }
+        Ok(())
+    }
+
+    /// The pages written since the last call, in address order; the log is clear afterwards.
+    pub fn take_dirty(&self, vm: &Vm) -> Result<Vec<PageRun>, Error> {
+        let mut runs = Vec::new();
+        for slot in self.slots.iter() {
+            push_runs(
+                &mut runs,
+                slot.gpa,
+                slot.size / PAGE_SIZE,
+                &vm.dirty_log(slot)?,
+            );
+        }
+        Ok(runs)
+    }
+
+    /// Every page.
+    pub fn all_pages(&self) -> Vec<PageRun> {
+        let run = |slot: &Slot| PageRun {
+            gpa: slot.gpa,
+            pages: slot.size / PAGE_SIZE,
+        };
+        self.slots.iter().map(run).collect()
+    }
+
+    /// Copies `buf.len()` bytes at `gpa` out of RAM.
+    pub fn read(&self, gpa: u64, buf: &mut [u8]) -> Result<(), Error> {
+        let len = buf.len();
+        self.mem
+            .read_slice(buf, GuestAddress(gpa))
+            .map_err(|source| Error::Access { gpa, len, source })
+    }
+
+    /// Copies `buf` into RAM at `gpa`; all of it or, on an error, nothing.
+    pub fn write(&self, gpa: u64, buf: &[u8]) -> Result<(), Error> {
+        let len = buf.len();
+        let at = GuestAddress(gpa);
+        if !self.mem.check_range(at, len) {
+            let source = GuestMemoryError::InvalidGuestAddress(at);
+            return Err(Error::Access { gpa, len, source });
+        }
+        self.mem
+            .write_slice(buf, at)
+            .map_err(|source| Error::Access { gpa, len, source })
+    }
+
+    /// CRC-32C of all RAM in address order. Means something only while no vCPU runs.
+    pub fn checksum(&self) -> Result<u32, Error> {
+        let mut sum = 0;
+        let mut buf = vec![0; 1 << 20];
+        for (gpa, size) in self.regions() {
+            for offset in (0..size).step_by(buf.len()) {
+                let len = usize::try_from(size - offset)
+                    .unwrap_or(usize::MAX)
+                    .min(buf.len());
+                self.read(gpa + offset, &mut buf[..len])?;
+                sum = crc32c::crc32c_append(sum, &buf[..len]);
+            }
+        }
+        Ok(sum)
+    }
+}
+
+fn memfd(size: u64) -> io::Result<Arc<File>> {
+    let file = File::from(memfd_create(c"blackout-ram", MFdFlags::MFD_CLOEXEC)?);
+    file.set_len(size)?;
+    Ok(Arc::new(file))
+}
+
+/// Appends the runs of set bits of one slot's bitmap; bits past `pages` are ignored.
+fn push_runs(runs: &mut Vec<PageRun>, base: u64, pages: u64, bitmap: &[u64]) {
+    let first = runs.len();
+    for (index, &word) in (0u64..).zip(bitmap) {
+        let mut rest = word;
+        while rest != 0 {
+            let bit = u64::from(rest.trailing_zeros());
+            let length = u64::from((rest >> bit).trailing_ones());
+            rest &= u64::MAX.checked_shl((bit + length) as u32).unwrap_or(0);
+            let page = index * 64 + bit;
+            if page >= pages {
+                return;
+            }
+            let (gpa, length) = (base + page * PAGE_SIZE, length.min(pages - page));
+            match runs[first..].last_mut() {
+                Some(last) if last.gpa + last.pages * PAGE_SIZE == gpa => last.pages += length,
+                _ => runs.push(PageRun { gpa, pages: length }),
+            }
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn runs(pages: u64, bitmap: &[u64]) -> Vec<(u64, u64)> {
+        let mut runs = Vec::new();
+        push_runs(&mut runs, 0, pages, bitmap);
+        runs.iter()
+            .map(|run| (run.gpa / PAGE_SIZE, run.pages))
+            .collect()
+    }
+
+    #[test]
+    fn set_bits_become_runs_of_pages() {
+        assert_eq!(runs(128, &[0, 0]), []);
+        assert_eq!(runs(128, &[0b1011, 0]), [(0, 2), (3, 1)]);
+        assert_eq!(runs(128, &[1 << 63, 0b11]), [(63, 3)]);
+        assert_eq!(runs(128, &[u64::MAX, u64::MAX]), [(0, 128)]);
+        assert_eq!(runs(65, &[1 << 63, u64::MAX]), [(63, 2)]);
+        assert_eq!(runs(64, &[0, 1]), []);
+    }
+
+    #[test]
+    fn neighbouring_slots_stay_apart() {
+        let mut all = Vec::new();
+        push_runs(&mut all, 0, 1, &[1]);
+        push_runs(&mut all, PAGE_SIZE, 1, &[1]);
+        assert_eq!(all.len(), 2);
+    }
+
+    #[test]
+    fn ram_is_zeroed_and_bounded() {
+        let ram = GuestRam::new(&[(0, 0x2000), (0x10_0000, 0x1000)]).unwrap();
+        assert_eq!(ram.size(), 0x3000);
+        ram.write(0x1ffc, &[1, 2, 3, 4]).unwrap();
+        let mut word = [0; 4];
+        ram.read(0x1ffc, &mut word).unwrap();
+        assert_eq!(word, [1, 2, 3, 4]);
+        assert_eq!(ram.write(0x1ffd, &word).unwrap_err().errno(), libc::EFAULT);
+        assert_eq!(ram.checksum().unwrap(), {
+            let mut all = vec![0; 0x3000];
+            all[0x1ffc..0x2000].copy_from_slice(&word);
+            crc32c::crc32c(&all)
+        });
+    }
+
+    #[test]
+    fn a_region_is_made_of_whole_pages() {
+        assert!(matches!(
+            GuestRam::new(&[(0, 0x1001)]),
+            Err(Error::Layout { .. })
+        ));
+        assert!(matches!(
+            GuestRam::new(&[(0, 0)]),
+            Err(Error::Layout { .. })
+        ));
+    }
+}
