@@ -1,10 +1,33 @@
 //! What the machine has to say: events to whoever watches it (QMP's, without QMP), and requests to
 //! its own main loop.
 
-use std::sync::mpsc::Sender;
+use std::fmt;
+use std::sync::Arc;
 
-/// Where the machine and the migration put events; the QMP server reads the other end.
-pub type EventSender = Sender<Event>;
+/// Where the machine and the migration put events.
+///
+/// It is called on the thread that caused the event, part of the time inside the blackout, so what
+/// stands behind it must neither block nor do work that can be done later.
+#[derive(Clone)]
+pub struct EventSender(Arc<dyn Fn(Event) + Send + Sync>);
+
+impl EventSender {
+    /// A sender that hands each event to `sink`, in the order in which they are sent.
+    pub fn new(sink: impl Fn(Event) + Send + Sync + 'static) -> Self {
+        EventSender(Arc::new(sink))
+    }
+
+    /// Tells whoever watches of `event`.
+    pub fn send(&self, event: Event) {
+        (self.0)(event);
+    }
+}
+
+impl fmt::Debug for EventSender {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("EventSender")
+    }
+}
 
 /// An event, named as QMP names it.
 #[derive(Clone, Debug, PartialEq, Eq)]
