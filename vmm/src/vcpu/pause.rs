@@ -8,6 +8,7 @@
 use std::convert::Infallible;
 use std::io;
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
@@ -29,6 +30,18 @@ impl Vcpus {
                 Ok(())
             });
         let Ok(()) = paused;
+    }
+
+    /// When the last vCPU left `KVM_RUN` for the pause that is on, or the one before: the blackout
+    /// starts here. `CLOCK_MONOTONIC`, ns.
+    pub fn last_exit_ns(&self) -> Option<u64> {
+        self.gate.last_exit_ns()
+    }
+
+    /// When the first vCPU of this process entered `KVM_RUN` for the first time: on a destination
+    /// the downtime ends here. Waits for that up to `limit`. `CLOCK_MONOTONIC`, ns.
+    pub fn wait_first_run(&self, limit: Duration) -> Option<u64> {
+        self.gate.wait_first_run(limit)
     }
 }
 
@@ -78,6 +91,8 @@ pub(super) struct Gate {
 struct State {
     want: Want,
     paused: usize,
+    first_run_ns: Option<u64>,
+    last_exit_ns: Option<u64>,
 }
 
 impl Gate {
@@ -92,10 +107,11 @@ impl Gate {
         self.changed.notify_all();
     }
 
-    /// Called by a vCPU thread that is out of `KVM_RUN`: counts it as paused until something else
-    /// than a pause is wanted, and returns that.
-    pub(super) fn pause(&self) -> Want {
+    /// Called by a vCPU thread that left `KVM_RUN` at `exit_ns`, if it was ever in it: counts it as
+    /// paused until something else than a pause is wanted, and returns that.
+    pub(super) fn pause(&self, exit_ns: Option<u64>) -> Want {
         let mut state = self.lock();
+        state.last_exit_ns = state.last_exit_ns.max(exit_ns);
         state.paused += 1;
         self.changed.notify_all();
         while state.want == Want::Pause {
@@ -117,6 +133,27 @@ impl Gate {
                 .wait(state)
                 .unwrap_or_else(PoisonError::into_inner);
         }
+    }
+
+    /// Called by a vCPU thread about to enter `KVM_RUN` for the first time, at `now_ns`.
+    pub(super) fn note_first_run(&self, now_ns: u64) {
+        self.lock().first_run_ns.get_or_insert(now_ns);
+        self.changed.notify_all();
+    }
+
+    /// When the first vCPU entered `KVM_RUN`, once that has happened; waits for it up to `limit`.
+    pub(super) fn wait_first_run(&self, limit: Duration) -> Option<u64> {
+        let waiting = |state: &mut State| state.first_run_ns.is_none();
+        let waited = self.changed.wait_timeout_while(self.lock(), limit, waiting);
+        waited
+            .unwrap_or_else(PoisonError::into_inner)
+            .0
+            .first_run_ns
+    }
+
+    /// When the last vCPU left `KVM_RUN` for a pause.
+    pub(super) fn last_exit_ns(&self) -> Option<u64> {
+        self.lock().last_exit_ns
     }
 
     /// Waits until `count` threads are paused.

@@ -10,6 +10,7 @@ use crate::devices::bus::Bus;
 use crate::kvm::{Exit, Kick, Vcpu};
 use crate::probes::{self, Errno};
 use crate::runstate::Request;
+use crate::spanlog::monotonic_ns;
 
 /// The address spaces that exits reach.
 #[derive(Default)]
@@ -33,24 +34,27 @@ pub(super) struct Runner {
 impl Runner {
     /// Runs until the gate says to end.
     pub(super) fn run(self) {
-        let mut first = true;
+        let mut exit_ns = None;
         loop {
             match self.gate.want() {
                 Want::Exit => return,
                 Want::Pause => {
-                    if !first {
+                    if exit_ns.is_some() {
                         probes::vcpu_paused(self.index);
                     }
-                    if self.gate.pause() == Want::Exit {
+                    if self.gate.pause(exit_ns) == Want::Exit {
                         return;
                     }
                 }
                 Want::Run => {}
             }
-            if std::mem::take(&mut first) {
+            if exit_ns.is_none() {
+                self.gate.note_first_run(monotonic_ns());
                 probes::vcpu_first_run(self.index);
             }
-            if let Some(request) = self.enter() {
+            let request = self.enter();
+            exit_ns = Some(monotonic_ns());
+            if let Some(request) = request {
                 // The receiver only goes away when the process ends.
                 let _ = self.requests.send(request);
                 self.gate.wait_while_running();

@@ -1,0 +1,93 @@
+//! [4] [5] Stopping and starting the VM: `vm_stop` → `do_vm_stop`, and `vm_start`.
+//!
+//! The caller holds the machine's lock, QEMU's big lock. Functions keep QEMU's names
+//! (`system/cpus.c`, `system/runstate.c`). What differs: an error of a handler is returned, not
+//! printed, and reaches whoever asked for the stop.
+
+use std::io;
+
+use crate::machine::Machine;
+use crate::probes::{self, Errno, Guarded};
+use crate::runstate::{Event, HandlerError, IllegalTransition, RunState};
+
+/// A stop or a start that failed. After a failed stop the vCPUs are paused all the same; after a
+/// failed start they are paused still.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The run state does not allow it; nothing happened.
+    #[error(transparent)]
+    State(#[from] IllegalTransition),
+    /// A state handler failed; all others have run.
+    #[error(transparent)]
+    Handler(#[from] HandlerError),
+    /// Output that was under way could not be finished.
+    #[error("drain")]
+    Drain(#[source] io::Error),
+}
+
+impl Errno for Error {
+    fn errno(&self) -> i32 {
+        match self {
+            Error::State(_) => libc::EINVAL,
+            Error::Handler(error) => error.errno(),
+            Error::Drain(error) => error.errno(),
+        }
+    }
+}
+
+/// [4] Stops the VM for `state`. `from_vcpu` says that a vCPU asked for it; the call itself must
+/// come from another thread, since it waits for every vCPU's.
+pub fn vm_stop(machine: &mut Machine, state: RunState, from_vcpu: bool) -> Result<(), Error> {
+    probes::vm_stop(state.c_name(), u64::from(from_vcpu)).run(|_| do_vm_stop(machine, state))
+}
+
+/// Stops a VM that runs, and only sets the state of one that does not: with no vCPU running there
+/// is nobody to tell, and the tables of the ITS are in guest RAM since the stop before.
+pub fn vm_stop_force_state(machine: &mut Machine, state: RunState) -> Result<(), Error> {
+    if machine.run_state().is_running() {
+        vm_stop(machine, state, false)
+    } else {
+        Ok(machine.set_state(state)?)
+    }
+}
+
+/// [5] Pauses the vCPUs, tells the handlers, drains what is under way.
+pub fn do_vm_stop(machine: &mut Machine, state: RunState) -> Result<(), Error> {
+    probes::do_vm_stop(state.c_name()).run(|_| {
+        let was_running = machine.run_state().is_running();
+        machine.set_state(state)?;
+        if !was_running {
+            return Ok(());
+        }
+        machine.vcpus.pause_all_vcpus();
+        let notified = machine.handlers.vm_state_notify(false, state);
+        machine.emit(Event::Stop);
+        let drained = drain(machine);
+        notified?;
+        drained
+    })
+}
+
+/// Tells the handlers and lets the vCPUs run. A VM that runs already is left alone.
+///
+/// # Errors
+/// When the state does not allow it or a handler fails; the VM stays as it was.
+pub fn vm_start(machine: &mut Machine) -> Result<(), Error> {
+    let state = RunState::Running;
+    if machine.run_state() == state {
+        return Ok(());
+    }
+    probes::vm_start(state.c_name()).run(|_| {
+        machine.run_state().change(state)?;
+        machine.handlers.vm_state_notify(true, state)?;
+        machine.set_state(state)?;
+        machine.vcpus.resume_all();
+        machine.emit(Event::Resume);
+        Ok(())
+    })
+}
+
+/// Waits for the I/O that the guest has started.
+fn drain(machine: &Machine) -> Result<(), Error> {
+    probes::drain().run(|_| machine.serial.flush().map_err(Error::Drain))
+}

@@ -1,0 +1,201 @@
+//! What a VM is: its memory, its vCPUs, its devices, and the list of those that must be told when
+//! it starts and stops.
+
+use std::io;
+use std::path::PathBuf;
+use std::sync::mpsc::Sender;
+use std::sync::{Arc, Mutex, PoisonError};
+
+use vmm_sys_util::eventfd::EventFd;
+
+use crate::arch;
+use crate::devices::DeviceState;
+use crate::devices::bus::Shared;
+use crate::devices::serial::{Output, Serial};
+use crate::kvm::{self, Vcpu, Vm};
+use crate::memory::{self, GuestRam};
+use crate::probes::Errno;
+use crate::runstate::{Event, EventSender, IllegalTransition, NotifyList, Request, RunState};
+use crate::vcpu::{Buses, Vcpus};
+
+/// The machine behind its lock, QEMU's big lock: whoever starts, stops or saves it holds this.
+pub type SharedMachine = Arc<Mutex<Machine>>;
+
+/// What to build.
+pub struct Config {
+    /// Bytes of guest RAM.
+    pub ram_size: u64,
+    /// vCPUs.
+    pub vcpus: u32,
+    /// The program to boot; none for a destination, whose program comes with the RAM.
+    pub payload: Option<PathBuf>,
+    /// The guest's command line.
+    pub cmdline: String,
+    /// Where the guest's console output goes.
+    pub console: Output,
+}
+
+/// A VM could not be built.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// KVM refused.
+    #[error(transparent)]
+    Kvm(#[from] kvm::Error),
+    /// Guest RAM.
+    #[error("guest RAM")]
+    Memory(#[from] memory::Error),
+    /// Interrupt controller, boot state, or payload.
+    #[error(transparent)]
+    Arch(#[from] arch::Error),
+    /// The console's interrupt.
+    #[error("the console's irqfd")]
+    Irqfd(#[source] io::Error),
+    /// The vCPUs' threads.
+    #[error("vCPU threads")]
+    Threads(#[source] io::Error),
+}
+
+impl Errno for Error {
+    fn errno(&self) -> i32 {
+        match self {
+            Error::Kvm(source) => source.errno(),
+            Error::Memory(source) => source.errno(),
+            Error::Arch(source) => source.errno(),
+            Error::Irqfd(source) | Error::Threads(source) => source.errno(),
+        }
+    }
+}
+
+/// A virtual machine. Fields are dropped in order: the vCPUs' threads end before what they use goes.
+pub struct Machine {
+    pub(crate) vcpus: Vcpus,
+    pub(crate) handlers: NotifyList,
+    pub(crate) serial: Serial,
+    devices: Vec<Box<dyn DeviceState>>,
+    state: RunState,
+    events: EventSender,
+    vm: Arc<Vm>,
+    ram: GuestRam,
+}
+
+impl Machine {
+    /// Builds a VM whose vCPUs are paused: [`RunState::Prelaunch`].
+    ///
+    /// `events` hears what happens to it; `requests` what its guest wants that only the main loop
+    /// can do.
+    pub fn new(
+        config: Config,
+        events: EventSender,
+        requests: &Sender<Request>,
+    ) -> Result<Self, Error> {
+        let vm = Arc::new(Vm::new()?);
+        let ram = GuestRam::new(&arch::ram_layout(config.ram_size)?)?;
+        ram.register(&vm)?;
+
+        let mut irqchip = arch::Irqchip::create(&vm, config.vcpus)?;
+        let vcpus = create_vcpus(&vm, config.vcpus)?;
+        irqchip.init(&vcpus)?;
+        if let Some(payload) = &config.payload {
+            let boot = arch::BootParams { vcpus: config.vcpus, cmdline: &config.cmdline };
+            let entry = arch::load_payload(&ram, payload, &boot)?;
+            if let Some(first) = vcpus.first() {
+                let mut first = first.lock().unwrap_or_else(PoisonError::into_inner);
+                arch::set_entry(&mut first, &entry)?;
+            }
+        }
+
+        let serial = console(&vm, config.console)?;
+        let buses = buses(&serial, requests);
+
+        let mut handlers = NotifyList::default();
+        for handler in irqchip.handlers(&vcpus) {
+            handlers.register(handler);
+        }
+
+        let mut devices = Vec::new();
+        for (index, vcpu) in (0..).zip(&vcpus) {
+            devices.push(arch::vcpu_state(index, Arc::clone(vcpu)));
+        }
+        devices.extend(irqchip.devices());
+        devices.push(Box::new(serial.clone()));
+
+        let vcpus = Vcpus::spawn(vcpus, &Arc::new(buses), requests).map_err(Error::Threads)?;
+        let state = RunState::Prelaunch;
+        Ok(Machine { vcpus, handlers, serial, devices, state, events, vm, ram })
+    }
+
+    /// What the VM is doing.
+    pub fn run_state(&self) -> RunState {
+        self.state
+    }
+
+    /// Changes the state alone; [`control`](crate::control) does what belongs to it.
+    ///
+    /// # Errors
+    /// When there is no such transition; the state stays.
+    pub fn set_state(&mut self, state: RunState) -> Result<(), IllegalTransition> {
+        self.state = self.state.change(state)?;
+        Ok(())
+    }
+
+    /// Guest RAM.
+    pub fn ram(&self) -> &GuestRam {
+        &self.ram
+    }
+
+    /// The VM, for the dirty log.
+    pub fn vm(&self) -> &Vm {
+        &self.vm
+    }
+
+    /// The vCPUs.
+    pub fn vcpus(&self) -> &Vcpus {
+        &self.vcpus
+    }
+
+    /// Everything whose state goes with the guest, in the order in which it is saved and loaded.
+    pub fn devices_mut(&mut self) -> &mut [Box<dyn DeviceState>] {
+        &mut self.devices
+    }
+
+    /// The console, for input.
+    pub fn serial(&self) -> &Serial {
+        &self.serial
+    }
+
+    /// Tells whoever watches.
+    pub fn emit(&self, event: Event) {
+        // Nobody is left to tell when the receiver is gone.
+        let _ = self.events.send(event);
+    }
+}
+
+fn create_vcpus(vm: &Vm, count: u32) -> Result<Vec<Arc<Mutex<Vcpu>>>, Error> {
+    let create = |index| {
+        let mut vcpu = vm.create_vcpu(u64::from(index))?;
+        arch::init_vcpu(vm, &mut vcpu, count)?;
+        Ok(Arc::new(Mutex::new(vcpu)))
+    };
+    (0..count).map(create).collect()
+}
+
+fn console(vm: &Vm, output: Output) -> Result<Serial, Error> {
+    let irqfd = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(Error::Irqfd)?;
+    vm.register_irqfd(&irqfd, arch::SERIAL.gsi)?;
+    Ok(Serial::new(irqfd, output))
+}
+
+/// Everything that an exit can reach.
+fn buses(serial: &Serial, requests: &Sender<Request>) -> Buses {
+    let mut buses = Buses::default();
+    let console: Shared = Arc::new(Mutex::new(serial.clone()));
+    let mut insert = |pio, base, size, device| {
+        let bus = if pio { &mut buses.pio } else { &mut buses.mmio };
+        bus.insert(base, size, device);
+    };
+    insert(arch::SERIAL.pio, arch::SERIAL.base, arch::SERIAL.size, console);
+    for board in arch::platform_devices(requests) {
+        insert(board.pio, board.base, board.size, board.device);
+    }
+    buses
+}
