@@ -96,8 +96,8 @@ pub(crate) fn build_bpf(platform: Platform) -> Result<PathBuf> {
     let choice = Choice::for_bpf()
         .context("no compiler here builds eBPF programs: run `cargo xtask setup`")?;
     let mut cargo = choice.cargo("build")?;
-    // The layout of `pt_regs` depends on the architecture; BTF has to survive the link. A folder of
-    // its own keeps these flags from rebuilding everything else.
+    // The layout of `pt_regs` depends on the architecture, and BTF has to survive the link. These
+    // flags would rebuild everything else in turn, hence the folder of its own.
     let flags = [
         &format!("--cfg=bpf_target_arch=\"{arch}\""),
         "-Cdebuginfo=2",
@@ -123,6 +123,9 @@ fn build_guest(platform: Platform) -> Result<PathBuf> {
     })?;
     let mut cargo = choice.cargo("build")?;
     cargo.args(["--package", "blackout-guest"]);
+    if choice.build_core {
+        cargo.arg("--target-dir").arg(paths::target().join("guest"));
+    }
     executables(&mut cargo)?
         .remove("blackout-guest")
         .context("cargo built no guest")

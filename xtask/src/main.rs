@@ -1,6 +1,7 @@
 //! The project's own commands, one file per verb: `cargo xtask VERB`.
 
 mod artifacts;
+mod build;
 mod command;
 mod kernel;
 mod paths;
@@ -24,6 +25,8 @@ struct Arguments {
 enum Verb {
     /// Install what is missing; says what was there already.
     Setup(setup::Arguments),
+    /// Build the eBPF programs, the VMM, the tool and the guest.
+    Build(build::Arguments),
     /// A shell, or one command, on emulated arm64 with KVM and an ITS.
     Testbed(testbed::Arguments),
 }
@@ -31,6 +34,7 @@ enum Verb {
 fn main() -> ExitCode {
     let result = match Arguments::parse().verb {
         Verb::Setup(arguments) => setup::run(&arguments).map(|()| 0),
+        Verb::Build(arguments) => build::run(&arguments).map(|()| 0),
         Verb::Testbed(arguments) => testbed::run(&arguments),
     };
     match result {
