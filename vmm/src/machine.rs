@@ -165,8 +165,7 @@ impl Machine {
 
     /// Tells whoever watches.
     pub fn emit(&self, event: Event) {
-        // Nobody is left to tell when the receiver is gone.
-        let _ = self.events.send(event);
+        self.events.send(event);
     }
 }
 
