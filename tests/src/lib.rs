@@ -1,1 +1,14 @@
-//! The tests' harness.
+//! The harness of the integration tests, the demo and the benchmarks: real monitors, a QMP client,
+//! the tool as a child process.
+//!
+//! Programs are found by environment variables that `cargo xtask` sets; see [`programs`].
+
+pub mod programs;
+pub mod qmp;
+pub mod skip;
+pub mod tool;
+pub mod vmm;
+
+pub use qmp::{Qmp, QmpError};
+pub use tool::{Recorder, Report};
+pub use vmm::{Vmm, VmmOptions};

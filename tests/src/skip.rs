@@ -1,0 +1,12 @@
+//! Tests that can't run on a machine say so, and are counted.
+
+/// Ends the calling test as skipped, with the reason in a form that `cargo xtask test` counts:
+/// `SKIP: <test>: <why>`.
+#[macro_export]
+macro_rules! skip {
+    ($($why:tt)*) => {{
+        let test = std::thread::current().name().unwrap_or("?").to_owned();
+        println!("SKIP: {test}: {}", format_args!($($why)*));
+        return Ok(());
+    }};
+}

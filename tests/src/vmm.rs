@@ -1,0 +1,159 @@
+//! A monitor as a child process.
+
+use std::fs::{self, File};
+use std::path::PathBuf;
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail};
+use tempfile::TempDir;
+
+use crate::{Qmp, programs};
+
+/// How long a monitor may take until its QMP socket answers.
+const START: Duration = Duration::from_secs(30);
+
+/// How to start a monitor.
+#[derive(Clone, Debug)]
+pub struct VmmOptions {
+    /// `--memory`.
+    pub memory: String,
+    /// `--cpus`.
+    pub cpus: u32,
+    /// `--cmdline`: the guest's words.
+    pub cmdline: String,
+    /// `--incoming`: with it there is no payload.
+    pub incoming: Option<String>,
+    /// Further arguments.
+    pub extra: Vec<String>,
+}
+
+impl Default for VmmOptions {
+    fn default() -> Self {
+        VmmOptions {
+            memory: "128M".into(),
+            cpus: 1,
+            cmdline: String::new(),
+            incoming: None,
+            extra: Vec::new(),
+        }
+    }
+}
+
+impl VmmOptions {
+    /// The same machine as a destination that listens at `uri`.
+    pub fn incoming(&self, uri: &str) -> Self {
+        VmmOptions {
+            incoming: Some(uri.to_owned()),
+            ..self.clone()
+        }
+    }
+}
+
+/// A running monitor; killed when it is dropped.
+#[derive(Debug)]
+pub struct Vmm {
+    child: Child,
+    dir: TempDir,
+    /// A QMP client of it.
+    pub qmp: Qmp,
+}
+
+impl Vmm {
+    /// Starts a monitor and waits until its QMP answers.
+    pub fn spawn(options: &VmmOptions) -> Result<Self> {
+        let dir = TempDir::with_prefix("blackout-")?;
+        let mut command = Command::new(programs::vmm()?);
+        command
+            .args([
+                "--memory",
+                &options.memory,
+                "--cpus",
+                &options.cpus.to_string(),
+            ])
+            .arg("--qmp")
+            .arg(format!("unix:{}", dir.path().join("qmp").display()))
+            .arg("--serial")
+            .arg(format!("file:{}", dir.path().join("console").display()))
+            .args(&options.extra)
+            .stdin(Stdio::null())
+            .stdout(Stdio::null())
+            .stderr(File::create(dir.path().join("stderr"))?);
+        match &options.incoming {
+            Some(uri) => command.args(["--incoming", uri]),
+            None => command
+                .arg("--payload")
+                .arg(programs::guest()?)
+                .args(["--cmdline", &options.cmdline]),
+        };
+        let mut child = command
+            .spawn()
+            .with_context(|| format!("starting {command:?}"))?;
+        match Qmp::connect(&dir.path().join("qmp"), START) {
+            Ok(qmp) => Ok(Vmm { child, dir, qmp }),
+            Err(error) => {
+                let _ = child.kill();
+                let status = child.wait()?;
+                let stderr = fs::read_to_string(dir.path().join("stderr")).unwrap_or_default();
+                Err(error.context(format!("the monitor ended with {status}: {stderr}")))
+            }
+        }
+    }
+
+    /// Its process.
+    pub fn pid(&self) -> u32 {
+        self.child.id()
+    }
+
+    /// A directory of its own, gone with it.
+    pub fn dir(&self) -> PathBuf {
+        self.dir.path().to_owned()
+    }
+
+    /// What the guest wrote to its console.
+    pub fn console(&self) -> String {
+        self.text("console")
+    }
+
+    /// What the monitor said.
+    pub fn stderr(&self) -> String {
+        self.text("stderr")
+    }
+
+    /// Kills it at once, as an accident would.
+    pub fn kill(&mut self) -> Result<()> {
+        self.child.kill()?;
+        self.child.wait()?;
+        Ok(())
+    }
+
+    /// Waits until it ends by itself.
+    pub fn wait_exit(&mut self, limit: Duration) -> Result<ExitStatus> {
+        let deadline = Instant::now() + limit;
+        loop {
+            if let Some(status) = self.child.try_wait()? {
+                return Ok(status);
+            }
+            if Instant::now() > deadline {
+                bail!(
+                    "the monitor did not end within {limit:?}; it said: {}",
+                    self.stderr()
+                );
+            }
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    fn text(&self, name: &str) -> String {
+        let bytes = fs::read(self.dir.path().join(name)).unwrap_or_default();
+        String::from_utf8_lossy(&bytes).into_owned()
+    }
+}
+
+impl Drop for Vmm {
+    fn drop(&mut self) {
+        let _ = self.child.kill();
+        let _ = self.child.wait();
+    }
+}
