@@ -3,12 +3,16 @@
 //!
 //! Programs are found by environment variables that `cargo xtask` sets; see [`programs`].
 
+pub mod guest_ram;
+pub mod observer;
 pub mod programs;
 pub mod qmp;
 pub mod skip;
 pub mod tool;
 pub mod vmm;
 
+pub use guest_ram::GuestView;
+pub use observer::Observer;
 pub use qmp::{Qmp, QmpError};
 pub use tool::{Recorder, Report};
 pub use vmm::{Vmm, VmmOptions};
