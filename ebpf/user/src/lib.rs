@@ -1,8 +1,10 @@
 //! What the program `blackout` is made of; a library so that tests and tools can use it.
 //!
-//! Imports go one way: [`cli`] → `report`, `export` → [`analysis`] → [`recording`] → `blackout-abi`.
+//! Imports go one way: [`cli`] → [`report`] → [`analysis`] → [`recording`] →
+//! `blackout-abi`. [`usdt`] stands by itself.
 
 pub mod analysis;
 pub mod cli;
 pub mod recording;
+pub mod report;
 pub mod usdt;

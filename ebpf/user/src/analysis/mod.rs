@@ -1,9 +1,22 @@
 //! From frames to answers: what ran, which migrations there were, how long the guest ran nowhere.
 //!
-//! [`load`] reads a recording into one timeline a thread, [`spans`] pairs its probes.
+//! [`load`] reads a recording into one timeline a thread, where [`spans`] pairs its probes.
+//! [`migration`] finds the migrations and joins their sides, each a [`party`] on one time axis
+//! ([`clock`]); [`downtime`] and [`its`] measure them. All of it is pure: no clock, no kernel.
 
+pub mod clock;
+pub mod describe;
+pub mod downtime;
+pub mod its;
+pub mod kvm;
 pub mod load;
+pub mod migration;
+pub mod party;
 pub mod spans;
+pub mod wire;
 
+pub use downtime::Downtime;
 pub use load::{Loaded, Process, Thread};
+pub use migration::{Migration, find};
+pub use party::{Party, Placed, Side};
 pub use spans::{Args, Point, Problem, Span};

@@ -1,0 +1,89 @@
+//! How two hosts' clocks relate.
+
+use super::load::Loaded;
+use super::spans::Point;
+
+/// How the destination's clock was laid onto the source's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Basis {
+    /// Both sides are on one host, or only one side was recorded: one clock.
+    OneHost,
+    /// The monitor read both clocks in a two-way exchange.
+    Samples,
+    /// By the wall clocks of both hosts, whose error is unknown.
+    WallClock,
+}
+
+/// The relation of the destination's monotonic clock to the source's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Clock {
+    /// What the destination's shows more, ns.
+    pub offset_ns: i64,
+    /// How wrong that can be at most, ns, where it can be told.
+    pub error_ns: Option<u64>,
+    /// Where it is from.
+    pub basis: Basis,
+}
+
+impl Clock {
+    /// The same clock.
+    pub const SAME: Self = Self {
+        offset_ns: 0,
+        error_ns: Some(0),
+        basis: Basis::OneHost,
+    };
+}
+
+/// Whether two recordings tell the time by one clock: they are one, or of one boot of one host.
+pub fn same_host(a: &Loaded, b: &Loaded) -> bool {
+    std::ptr::eq(a, b) || (!a.header.boot_id.is_empty() && a.header.boot_id == b.header.boot_id)
+}
+
+/// The clock of `destination` against that of `source`, by the `clock_sample` moments among
+/// `points` (of the source's process, while it migrates).
+pub fn relate<'a>(
+    source: &Loaded,
+    destination: &Loaded,
+    points: impl Iterator<Item = &'a Point>,
+) -> Clock {
+    if same_host(source, destination) {
+        return Clock::SAME;
+    }
+    // The shortest exchange binds the offset most tightly.
+    let samples = points
+        .filter(|point| point.name() == "clock_sample")
+        .filter_map(sample);
+    if let Some((error_ns, offset_ns)) = samples.min() {
+        return Clock {
+            offset_ns,
+            error_ns: Some(error_ns),
+            basis: Basis::Samples,
+        };
+    }
+    let boot_ns = |loaded: &Loaded| {
+        let clock = loaded.header.clock;
+        i128::from(clock.realtime_ns) - i128::from(clock.monotonic_ns)
+    };
+    let offset_ns = i64::try_from(boot_ns(source) - boot_ns(destination)).unwrap_or(0);
+    Clock {
+        offset_ns,
+        error_ns: None,
+        basis: Basis::WallClock,
+    }
+}
+
+/// A sample's error bound and offset, as NTP computes them; `None` if it contradicts itself.
+fn sample(point: &Point) -> Option<(u64, i64)> {
+    let time = |name| point.args.u64(name).map(i128::from);
+    let (t1, t2, t3, t4) = (time("t1")?, time("t2")?, time("t3")?, time("t4")?);
+    let delay = (t4 - t1) - (t3 - t2);
+    if t4 < t1 || t3 < t2 || delay < 0 {
+        return None;
+    }
+    let offset = ((t2 - t1) + (t3 - t4)) / 2;
+    // Half the delay, rounded up: a bound.
+    Some((
+        u64::try_from((delay + 1) / 2).ok()?,
+        i64::try_from(offset).ok()?,
+    ))
+}

@@ -1,0 +1,316 @@
+//! The one definition of downtime, blackout and explained. Production and CI use this code.
+//!
+//! * **downtime**: from the entry of `migration_stop_vm` on the source to the first KVM_RUN on the
+//!   destination. If the migration failed after the stop, it ends where the source runs again.
+//! * **blackout**: the guest-dark part of it: from the last vCPU's last exit from guest code on the
+//!   source to the first entry on the destination (or, again, the source). Per vCPU too.
+//! * **explained**: the share of the downtime that is covered by leaf spans of either side that do
+//!   work, and by messages under way whose both ends were seen. A span that waits for the other
+//!   side explains nothing, and neither does one that is the migration itself.
+//! * **gap**: what is left, each with its place.
+
+use super::describe;
+use super::party::{Party, Placed, Side, Vcpu};
+use super::spans::Span;
+use super::wire::Segment;
+
+/// Spans that are the migration itself, or a client's command: that one of them is open says
+/// nothing of where the time goes, even if nothing was seen inside.
+const WHOLES: [&str; 4] = [
+    "qmp_command",
+    "migrate",
+    "migrate_incoming",
+    "migration_thread",
+];
+
+/// How long the guest stood still, and why. Times are ns on the migration's axis.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Downtime {
+    /// Its bounds; `None` if the VM was not stopped, or if one end was not seen.
+    pub bounds: Option<Bounds>,
+    /// When the stop began, if it did.
+    pub stop_ns: Option<i64>,
+    /// The downtime as the source alone saw it (`downtime_end`), which includes the way back of
+    /// the destination's answer; ns.
+    pub source_saw_ns: Option<u64>,
+    /// The guest-dark part.
+    pub blackout: Option<(i64, i64)>,
+    /// Each vCPU's own blackout.
+    pub vcpus: Vec<VcpuBlackout>,
+    /// The explained share, from 0 to 1.
+    pub explained: Option<f64>,
+    /// What is not explained, in order.
+    pub gaps: Vec<Gap>,
+}
+
+/// A downtime's bounds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Bounds {
+    /// The entry of `migration_stop_vm`.
+    pub start_ns: i64,
+    /// The first KVM_RUN after it.
+    pub end_ns: i64,
+    /// Where that was.
+    pub resumed: Side,
+}
+
+impl Bounds {
+    /// The downtime, ns.
+    pub fn duration_ns(&self) -> u64 {
+        length(self.start_ns, self.end_ns)
+    }
+
+    /// How much of `start..end` lies inside, ns.
+    pub fn overlap_ns(&self, start_ns: i64, end_ns: i64) -> u64 {
+        length(start_ns.max(self.start_ns), end_ns.min(self.end_ns))
+    }
+
+    /// The share of the downtime that `start..end` takes.
+    pub fn share(&self, start_ns: i64, end_ns: i64) -> f64 {
+        match self.duration_ns() {
+            0 => 0.0,
+            whole => self.overlap_ns(start_ns, end_ns) as f64 / whole as f64,
+        }
+    }
+}
+
+/// One vCPU's blackout.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct VcpuBlackout {
+    /// Its index.
+    pub index: u64,
+    /// Its last exit on the source, ns.
+    pub start_ns: i64,
+    /// Its first entry on the side that runs on, ns.
+    pub end_ns: i64,
+}
+
+/// A part of the downtime that nothing explains.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Gap {
+    /// Its begin, ns.
+    pub start_ns: i64,
+    /// Its end, ns.
+    pub end_ns: i64,
+    /// What ended where it begins.
+    pub after: String,
+    /// What begins where it ends.
+    pub before: String,
+}
+
+impl Gap {
+    /// How long it is, ns.
+    pub fn duration_ns(&self) -> u64 {
+        length(self.start_ns, self.end_ns)
+    }
+}
+
+/// Measures the downtime of a migration. Either side may be missing.
+pub fn measure<'p>(
+    source: Option<&'p Party<'p>>,
+    destination: Option<&'p Party<'p>>,
+    wire: &[Segment],
+) -> Downtime {
+    let Some(source) = source else {
+        return Downtime::default();
+    };
+    // A migration that stops twice, because its first switchover was called off, is measured at
+    // the stop that counted: the last.
+    let stops = source.spans_of("migration_stop_vm");
+    let Some(stop_ns) = stops.map(|span| span.start_ns).max() else {
+        return Downtime::default();
+    };
+    let source_saw_ns = source
+        .points_of("downtime_end")
+        .filter(|point| point.start_ns >= stop_ns)
+        .find_map(|point| point.what.args.u64("ns"));
+    let mut downtime = Downtime {
+        stop_ns: Some(stop_ns),
+        source_saw_ns,
+        ..Downtime::default()
+    };
+
+    let first = |party: Option<&'p Party<'p>>| {
+        let party = party?;
+        Some((entries(party, stop_ns).first()?.1, party))
+    };
+    // After a completed migration only the destination's run ends the downtime: if the source runs
+    // as well, somebody has started a second copy.
+    let stayed = (!completed(source)).then_some(source);
+    let resumed = first(destination).or_else(|| first(stayed));
+    let Some((end_ns, on)) = resumed else {
+        return downtime;
+    };
+    let bounds = Bounds {
+        start_ns: stop_ns,
+        end_ns,
+        resumed: on.side,
+    };
+    downtime.bounds = Some(bounds);
+
+    let exits = exits(source, stop_ns, end_ns);
+    downtime.blackout = exits.iter().map(|(_, exit)| (*exit, end_ns)).max();
+    downtime.vcpus = entries(on, stop_ns)
+        .into_iter()
+        .filter_map(|(index, entry)| {
+            let index = index?;
+            let exit = exits.iter().find(|(other, _)| *other == Some(index))?.1;
+            Some(VcpuBlackout {
+                index,
+                start_ns: exit,
+                end_ns: entry,
+            })
+        })
+        .collect();
+    downtime.vcpus.sort_by_key(|vcpu| vcpu.index);
+    (downtime.explained, downtime.gaps) = explain(bounds, source, destination, wire);
+    downtime
+}
+
+fn completed(source: &Party<'_>) -> bool {
+    let mut said = source
+        .spans_of("migrate")
+        .filter_map(|span| span.what.end.as_ref()?.str("status"));
+    said.any(|status| status == "completed")
+}
+
+/// Whether the span, if it is a leaf, explains the time that it takes.
+pub fn explains(span: &Span) -> bool {
+    span.leaf && !span.meaning.wait && !WHOLES.contains(&span.name())
+}
+
+/// When each vCPU of `party` first ran after the stop: the earliest first. A vCPU that did not run
+/// is absent.
+fn entries(party: &Party<'_>, stop_ns: i64) -> Vec<(Option<u64>, i64)> {
+    let mut entries: Vec<_> = party
+        .vcpus
+        .iter()
+        .filter_map(|vcpu| Some((vcpu.index, entry(vcpu, stop_ns)?)))
+        .collect();
+    entries.sort_by_key(|(_, at)| *at);
+    entries
+}
+
+/// The ioctl's edge is nearer to the truth than the probe before it, so it is taken where it was
+/// seen. But the probe tells which edge: monitors call KVM_RUN for other reasons too, to finish an
+/// exit for one, and such a call comes before the probe.
+fn entry(vcpu: &Vcpu, stop_ns: i64) -> Option<i64> {
+    let first = vcpu.first_enter.filter(|enter| *enter >= stop_ns);
+    let mut gaps = vcpu.gaps.iter().filter(|(_, enter)| *enter >= stop_ns);
+    let Some(run) = vcpu.first_runs.iter().copied().find(|run| *run >= stop_ns) else {
+        return first.or(gaps.next().map(|(_, enter)| *enter));
+    };
+    let around = gaps
+        .find(|(exit, enter)| *exit <= run && run <= *enter)
+        .map(|(_, enter)| *enter);
+    Some(
+        first
+            .filter(|enter| *enter >= run)
+            .or(around)
+            .unwrap_or(run),
+    )
+}
+
+/// When each vCPU of the source left guest code for the last time before `end_ns`.
+fn exits(source: &Party<'_>, stop_ns: i64, end_ns: i64) -> Vec<(Option<u64>, i64)> {
+    let exit = |vcpu: &Vcpu| {
+        let paused = vcpu
+            .paused
+            .iter()
+            .copied()
+            .find(|paused| *paused >= stop_ns);
+        let until = paused.unwrap_or(end_ns);
+        let last = vcpu.last_exit.filter(|exit| *exit <= until);
+        let gaps = vcpu
+            .gaps
+            .iter()
+            .filter(|(exit, enter)| *exit <= until && until <= *enter);
+        last.into_iter()
+            .chain(gaps.map(|(exit, _)| *exit))
+            .max()
+            .or(paused)
+    };
+    source
+        .vcpus
+        .iter()
+        .filter_map(|vcpu| Some((vcpu.index, exit(vcpu)?)))
+        .collect()
+}
+
+/// Something that explains a part of the downtime.
+struct Cover {
+    start_ns: i64,
+    end_ns: i64,
+    name: String,
+}
+
+fn explain(
+    bounds: Bounds,
+    source: &Party<'_>,
+    destination: Option<&Party<'_>>,
+    wire: &[Segment],
+) -> (Option<f64>, Vec<Gap>) {
+    let parties = [Some(source), destination];
+    let spans = parties.iter().flatten().flat_map(|party| {
+        party
+            .spans
+            .iter()
+            .filter(|span| explains(span.what))
+            .map(|span| span_cover(party.side, span))
+    });
+    let segments = wire.iter().map(|segment| Cover {
+        start_ns: segment.sent_ns,
+        end_ns: segment.received_ns,
+        name: format!("{} ({})", segment.describe(), Side::Wire),
+    });
+    let inside = |cover: &Cover| cover.start_ns < bounds.end_ns && cover.end_ns > bounds.start_ns;
+    let mut covers: Vec<_> = spans.chain(segments).filter(inside).collect();
+    covers.sort_by_key(|cover| (cover.start_ns, cover.end_ns));
+
+    let mut gaps = Vec::new();
+    let mut until = bounds.start_ns;
+    let mut after = format!("migration_stop_vm began ({})", Side::Source);
+    for cover in covers {
+        if cover.start_ns > until {
+            let (start_ns, end_ns) = (until, cover.start_ns);
+            let after = after.clone();
+            gaps.push(Gap {
+                start_ns,
+                end_ns,
+                after,
+                before: cover.name.clone(),
+            });
+        }
+        if cover.end_ns > until {
+            (until, after) = (cover.end_ns, cover.name);
+        }
+    }
+    if until < bounds.end_ns {
+        let before = format!("KVM_RUN ({})", bounds.resumed);
+        gaps.push(Gap {
+            start_ns: until,
+            end_ns: bounds.end_ns,
+            after,
+            before,
+        });
+    }
+    let unexplained = gaps
+        .iter()
+        .fold(0u64, |sum, gap| sum.saturating_add(gap.duration_ns()));
+    let whole = bounds.duration_ns();
+    let explained = (whole > 0).then(|| 1.0 - unexplained as f64 / whole as f64);
+    (explained, gaps)
+}
+
+fn span_cover(side: Side, span: &Placed<'_, Span>) -> Cover {
+    let name = format!("{} ({side})", describe::span(span.what));
+    Cover {
+        start_ns: span.start_ns,
+        end_ns: span.end_ns,
+        name,
+    }
+}
+
+fn length(start_ns: i64, end_ns: i64) -> u64 {
+    u64::try_from(end_ns.saturating_sub(start_ns)).unwrap_or(0)
+}

@@ -1,0 +1,318 @@
+//! Finds the migrations in recordings and joins their two sides.
+//!
+//! A migration is a `migrate` span on the source and a `migrate_incoming` span on the destination
+//! with the same id. One recording may hold both sides or one, and many migrations: back and forth
+//! between processes, failed ones, ones that the recording cuts.
+
+use super::clock::{self, Clock};
+use super::downtime::{self, Downtime};
+use super::its::{self, ItsOp};
+use super::load::{Loaded, Process};
+use super::party::{Party, Place, Placed, Side};
+use super::spans::{Point, Problem, Span};
+use super::wire::{self, Segment};
+use crate::recording::Ending;
+
+/// One migration, seen from one side or both. Times are ns since its start on the source's clock;
+/// with only the destination recorded, since the connection was accepted there.
+#[derive(Debug)]
+pub struct Migration<'a> {
+    /// The id that both sides know it by; `None` if it failed before one was agreed on.
+    pub id: Option<u64>,
+    /// `normal`, or the name of another mode; empty if the source was not recorded.
+    pub mode: String,
+    /// `completed`, `failed` or `cancelled`, as the monitor says; `unfinished` if it does not.
+    pub status: String,
+    /// What failed, and how.
+    pub error: Option<String>,
+    /// Where 0 of the axis is on the clock of [`Migration::reference`], ns.
+    pub origin_ns: i64,
+    /// When its last span ended.
+    pub end_ns: i64,
+    /// How the destination's clock relates to the source's.
+    pub clock: Clock,
+    /// The source.
+    pub source: Option<Party<'a>>,
+    /// The destination.
+    pub destination: Option<Party<'a>>,
+    /// Messages that were seen at both ends.
+    pub wire: Vec<Segment>,
+    /// How long the guest stood still, and why.
+    pub downtime: Downtime,
+    /// What the interrupt controller's tables cost.
+    pub its: Vec<ItsOp>,
+    /// Events that the recorder lost from its start until the next migration's.
+    pub lost_events: u64,
+}
+
+impl<'a> Migration<'a> {
+    /// Its sides, the source first.
+    pub fn parties(&self) -> impl Iterator<Item = &Party<'a>> {
+        self.source.iter().chain(&self.destination)
+    }
+
+    /// The recording whose clock the axis follows.
+    pub fn reference(&self) -> Option<&'a Loaded> {
+        self.parties().next().map(|party| party.recording)
+    }
+
+    /// What puts its figures in doubt, a sentence each; empty for a clean recording.
+    pub fn doubts(&self) -> Vec<String> {
+        let mut doubts = Vec::new();
+        if self.lost_events > 0 {
+            doubts.push(format!("{} events were lost", self.lost_events));
+        }
+        for party in self.parties() {
+            doubts.extend(party.problems.iter().map(|problem| match problem {
+                Problem::Unfinished { name, .. } => {
+                    format!("{name} ({}) began, its end was not seen", party.side)
+                }
+                Problem::EndWithoutBegin { name, .. } => {
+                    format!("{name} ({}) ended, its begin was not seen", party.side)
+                }
+            }));
+            if let Ending::Cut { offset } = party.recording.ending {
+                let name = &party.recording.name;
+                doubts.push(format!("recording {name} is cut at byte {offset}"));
+            }
+            if party.recording.undefined_hits > 0 {
+                let hits = party.recording.undefined_hits;
+                doubts.push(format!(
+                    "{hits} hits are of probes that the recording lacks"
+                ));
+            }
+        }
+        doubts.dedup();
+        doubts
+    }
+}
+
+/// One end of a migration, before it is joined to the other.
+#[derive(Clone, Copy)]
+struct End<'a> {
+    recording: &'a Loaded,
+    pid: u32,
+    process: &'a Process,
+    span: &'a Span,
+    id: Option<u64>,
+}
+
+/// The migrations in `recordings`, in the order of their starts.
+pub fn find(recordings: &[Loaded]) -> Vec<Migration<'_>> {
+    let outgoing = ends(recordings, "migrate", |span| span.begin.u64("id"));
+    let incoming = ends(recordings, "migrate_incoming", |span| {
+        span.end.as_ref()?.u64("id")
+    });
+    let mut taken = vec![false; incoming.len()];
+    let mut pairs: Vec<(Option<End<'_>>, Option<End<'_>>)> = Vec::new();
+    for source in &outgoing {
+        let twin = twin(source, &incoming, &taken);
+        if let Some(taken) = twin.and_then(|index| taken.get_mut(index)) {
+            *taken = true;
+        }
+        pairs.push((
+            Some(*source),
+            twin.and_then(|index| incoming.get(index).copied()),
+        ));
+    }
+    let alone = incoming.iter().zip(&taken).filter(|(_, taken)| !**taken);
+    pairs.extend(alone.map(|(end, _)| (None, Some(*end))));
+    pairs.sort_by_key(|(source, destination)| source.or(*destination).map(|end| end.span.start_ns));
+    let starts: Vec<_> = pairs
+        .iter()
+        .filter_map(|(source, destination)| source.or(*destination))
+        .map(|end| end.span.start_ns)
+        .collect();
+    let next = |index: usize| starts.get(index + 1).copied().unwrap_or(u64::MAX);
+    pairs
+        .into_iter()
+        .enumerate()
+        .map(|(index, (source, destination))| join(source, destination, next(index)))
+        .collect()
+}
+
+fn ends<'a>(
+    recordings: &'a [Loaded],
+    name: &str,
+    id: impl Fn(&Span) -> Option<u64>,
+) -> Vec<End<'a>> {
+    let mut ends = Vec::new();
+    for recording in recordings {
+        for (pid, process) in &recording.processes {
+            let spans = process.threads.values().flat_map(|thread| &thread.spans);
+            ends.extend(spans.filter(|span| span.name() == name).map(|span| End {
+                recording,
+                pid: *pid,
+                process,
+                span,
+                // No migration has the id 0: it stands for one that was not agreed on.
+                id: id(span).filter(|id| *id != 0),
+            }));
+        }
+    }
+    ends.sort_by_key(|end| end.span.start_ns);
+    ends
+}
+
+/// Which of `incoming` is the other end of `source`: the one with its id, or else one that was at
+/// work at the same time on the same host, if it never said an id and nothing else qualifies.
+fn twin(source: &End<'_>, incoming: &[End<'_>], taken: &[bool]) -> Option<usize> {
+    let same_clock = |end: &End<'_>| clock::same_host(source.recording, end.recording);
+    let meets = |end: &End<'_>| {
+        end.span.start_ns <= source.span.end_ns && source.span.start_ns <= end.span.end_ns
+    };
+    let free = || {
+        let free = incoming
+            .iter()
+            .enumerate()
+            .zip(taken)
+            .filter(|(_, taken)| !**taken);
+        free.map(|(end, _)| end)
+            .filter(|(_, end)| !(same_clock(end) && end.pid == source.pid))
+    };
+    let known = free().find(|(_, end)| {
+        source.id.is_some() && end.id == source.id && (!same_clock(end) || meets(end))
+    });
+    if let Some((index, _)) = known {
+        return Some(index);
+    }
+    let mut nameless = free().filter(|(_, end)| end.id.is_none() && same_clock(end) && meets(end));
+    let (index, _) = nameless.next()?;
+    nameless.next().is_none().then_some(index)
+}
+
+fn join<'a>(source: Option<End<'a>>, destination: Option<End<'a>>, next_ns: u64) -> Migration<'a> {
+    let clock = match (&source, &destination) {
+        (Some(source), Some(destination)) => {
+            let (from, to) = (source.span.start_ns, source.span.end_ns);
+            let threads = source.process.threads.values();
+            let points = threads
+                .flat_map(|thread| &thread.points)
+                .filter(|point: &&Point| (from..=to).contains(&point.ts_ns));
+            clock::relate(source.recording, destination.recording, points)
+        }
+        _ => Clock::SAME,
+    };
+    let unplaced = Place {
+        origin_ns: 0,
+        offset_ns: clock.offset_ns,
+    };
+    let origin_ns = match (&source, &destination) {
+        (Some(source), _) => start_of(source),
+        (None, Some(destination)) => unplaced.at(destination.span.start_ns),
+        (None, None) => 0,
+    };
+    let here = Place {
+        origin_ns,
+        offset_ns: 0,
+    };
+    let there = Place {
+        origin_ns,
+        ..unplaced
+    };
+    let end_ns = source
+        .map(|end| here.at(end.span.end_ns))
+        .max(destination.map(|end| there.at(end.span.end_ns)))
+        .unwrap_or(0);
+    let party = |end: Option<End<'a>>, side, place: Place| {
+        let end = end?;
+        let from = if side == Side::Source {
+            0
+        } else {
+            place.at(end.span.start_ns)
+        };
+        Some(Party::new(
+            side,
+            end.recording,
+            (end.pid, end.process),
+            place,
+            (from, end_ns),
+        ))
+    };
+    let said = |name| {
+        let said = |end: Option<End<'a>>| Some(end?.span.end.as_ref()?.str(name)?.to_owned());
+        said(source).or_else(|| said(destination))
+    };
+    let lost_events = lost(source.or(destination), next_ns);
+    let id = source
+        .and_then(|end| end.id)
+        .or_else(|| destination.and_then(|end| end.id));
+    let mode = source
+        .and_then(|end| end.span.begin.str("mode"))
+        .unwrap_or_default()
+        .to_owned();
+    let source = party(source, Side::Source, here);
+    let destination = party(destination, Side::Destination, there);
+    let wire = wire::segments(source.as_ref(), destination.as_ref());
+    let downtime = downtime::measure(source.as_ref(), destination.as_ref(), &wire);
+    let its = source
+        .iter()
+        .chain(&destination)
+        .flat_map(its::operations)
+        .collect();
+    Migration {
+        id,
+        mode,
+        status: said("status").unwrap_or_else(|| "unfinished".to_owned()),
+        error: source.iter().chain(&destination).find_map(first_failure),
+        origin_ns,
+        end_ns,
+        clock,
+        source,
+        destination,
+        wire,
+        downtime,
+        its,
+        lost_events,
+    }
+}
+
+/// When the source began: with the QMP command that asked for the migration, where it was seen.
+fn start_of(source: &End<'_>) -> i64 {
+    let asked = source
+        .process
+        .threads
+        .values()
+        .flat_map(|thread| &thread.spans)
+        .filter(|span| {
+            span.name() == "qmp_command"
+                && span.begin.str("name") == Some("migrate")
+                && span.start_ns <= source.span.start_ns
+                && source.span.start_ns <= span.end_ns
+        });
+    let start_ns = asked
+        .map(|span| span.start_ns)
+        .min()
+        .unwrap_or(source.span.start_ns);
+    i64::try_from(start_ns).unwrap_or(i64::MAX)
+}
+
+/// The losses that were noticed from this migration's start to the next one's. A recorder notices
+/// a loss only after it happened, so this errs on the side of doubt.
+fn lost(end: Option<End<'_>>, next_ns: u64) -> u64 {
+    let Some(end) = end else { return 0 };
+    let range = end.span.start_ns..next_ns;
+    let lost = end
+        .recording
+        .lost
+        .iter()
+        .filter(|(at_ns, _)| range.contains(at_ns));
+    lost.fold(0, |sum, (_, count)| sum.saturating_add(*count))
+}
+
+/// The failure that came first on this side, where it is deepest: its cause.
+fn first_failure(party: &Party<'_>) -> Option<String> {
+    let failed = |span: &&Placed<'_, Span>| span.what.rc().is_some_and(|rc| rc < 0);
+    let first = party
+        .spans
+        .iter()
+        .filter(failed)
+        .min_by_key(|span| span.end_ns)?;
+    let rc = first.what.rc()?;
+    let name = super::describe::span(first.what);
+    Some(format!(
+        "{name} ({}): {}",
+        party.side,
+        super::describe::errno(rc)
+    ))
+}

@@ -1,0 +1,300 @@
+//! `blackout report` on a terminal: a tree in call order for each side, then the figures.
+//!
+//! Lines are at most [`WIDTH`] columns wide. Colours are always written; the caller's stream drops
+//! them where they do not belong.
+
+use std::io::{self, Write};
+
+use anstyle::{AnsiColor, Style};
+
+use super::tree::{self, Row, Tone};
+use super::units::{cut, percent, time};
+use crate::analysis::clock::Basis;
+use crate::analysis::describe::{self, printable};
+use crate::analysis::downtime::Gap;
+use crate::analysis::{Loaded, Migration, Party, Side};
+use crate::recording::Ending;
+
+/// The widest line.
+pub const WIDTH: usize = 80;
+
+/// Columns of what a line of the tree is about; time, share and result follow.
+const NAME: usize = 48;
+
+const TITLE: Style = Style::new().bold();
+const QUIET: Style = Style::new().dimmed();
+const KERNEL: Style = AnsiColor::Cyan.on_default();
+const BAD: Style = AnsiColor::Red.on_default().bold();
+const FIGURE: Style = AnsiColor::Green.on_default().bold();
+
+/// Writes the report on `migrations`, which were found in `recordings`.
+///
+/// # Errors
+/// What `out` returns.
+pub fn write(
+    out: &mut impl Write,
+    recordings: &[Loaded],
+    migrations: &[Migration<'_>],
+) -> io::Result<()> {
+    for recording in recordings {
+        head(out, recording)?;
+    }
+    if migrations.is_empty() {
+        writeln!(out, "\nNo migration was recorded.")?;
+    }
+    for migration in migrations {
+        writeln!(out)?;
+        one(out, migration)?;
+    }
+    Ok(())
+}
+
+fn head(out: &mut impl Write, recording: &Loaded) -> io::Result<()> {
+    let header = &recording.header;
+    let host = format!(
+        "{} · Linux {} {} · {}",
+        header.hostname,
+        header.kernel,
+        header.arch,
+        header.backends.join(", ")
+    );
+    writeln!(
+        out,
+        "{QUIET}{}{QUIET:#}",
+        cut(&printable(&recording.name), WIDTH)
+    )?;
+    writeln!(out, "{QUIET}{}{QUIET:#}", cut(&printable(&host), WIDTH))?;
+    if let Ending::Cut { offset } = recording.ending {
+        writeln!(
+            out,
+            "{BAD}cut at byte {offset}: the recorder did not finish it{BAD:#}"
+        )?;
+    }
+    if let Some(cost) = recording.cost {
+        let bpf = cost
+            .bpf_ns
+            .map(|ns| format!(", {} in eBPF", time(ns)))
+            .unwrap_or_default();
+        let (events, cpu) = (cost.events, time(cost.cpu_ns));
+        writeln!(
+            out,
+            "{QUIET}{events} events, {cpu} of the recorder's CPU{bpf}{QUIET:#}"
+        )?;
+    }
+    Ok(())
+}
+
+fn one(out: &mut impl Write, migration: &Migration<'_>) -> io::Result<()> {
+    let id = migration
+        .id
+        .map_or_else(|| "of unknown id".to_owned(), |id| id.to_string());
+    let mode = printable(&migration.mode);
+    let title = format!("Migration {id}, {}", printable(&migration.status));
+    let title = if mode.is_empty() {
+        title
+    } else {
+        format!("{title}, mode {mode}")
+    };
+    writeln!(out, "{TITLE}{}{TITLE:#}", cut(&title, WIDTH))?;
+    if let Some(error) = &migration.error {
+        writeln!(out, "{BAD}{}{BAD:#}", cut(error, WIDTH))?;
+    }
+    for party in migration.parties() {
+        side(out, migration, party)?;
+    }
+    tables(out, migration)?;
+    figures(out, migration)
+}
+
+fn side(out: &mut impl Write, migration: &Migration<'_>, party: &Party<'_>) -> io::Result<()> {
+    let name = match party.side {
+        Side::Source => "Source",
+        _ => "Destination",
+    };
+    let comm = printable(&party.process.comm);
+    let title = cut(
+        format!("{name}: {comm} (pid {})", party.pid).trim_end(),
+        NAME,
+    );
+    writeln!(
+        out,
+        "\n{TITLE}{title:NAME$}{TITLE:#}{QUIET} {:>10} {:>7} result{QUIET:#}",
+        "took", "share"
+    )?;
+    for row in tree::rows(party, migration.downtime.bounds) {
+        line(out, &row)?;
+    }
+    Ok(())
+}
+
+fn line(out: &mut impl Write, row: &Row) -> io::Result<()> {
+    // Deeper trees than this are damaged recordings; a line keeps room for a name.
+    let indent = (2 * row.depth).min(NAME / 2);
+    let style = match row.tone {
+        Tone::Work => Style::new(),
+        Tone::Wait => QUIET,
+        Tone::Kernel => KERNEL,
+        Tone::Bad => BAD,
+    };
+    let text = cut(&row.text, NAME - indent);
+    let (width, took) = (NAME - indent, time(row.took_ns));
+    let share = row.share.map(percent).unwrap_or_default();
+    let result = cut(&row.result, WIDTH - NAME - 20);
+    let line = format!("{text:width$} {took:>10} {share:>7} {result}");
+    writeln!(out, "{:indent$}{style}{}{style:#}", "", line.trim_end())
+}
+
+/// The interrupt controller's tables: what the monitor saw beside what the kernel did.
+fn tables(out: &mut impl Write, migration: &Migration<'_>) -> io::Result<()> {
+    if migration.its.is_empty() {
+        return Ok(());
+    }
+    writeln!(
+        out,
+        "\n{TITLE}{:38}{TITLE:#}{QUIET} {:>10} {:>10} {:>8} {:>10}{QUIET:#}",
+        "Interrupt tables", "VMM", "kernel", "devices", "events"
+    )?;
+    let count =
+        |count: Option<u64>| count.map_or_else(|| "–".to_owned(), |count| count.to_string());
+    for operation in &migration.its {
+        let name = format!("{} {}", operation.side, operation.op);
+        let kernel = operation
+            .kernel_ns()
+            .map_or_else(|| "not seen".to_owned(), time);
+        writeln!(
+            out,
+            "{:38} {:>10} {kernel:>10} {:>8} {:>10}",
+            cut(&name, 38),
+            time(operation.duration_ns),
+            count(operation.devices),
+            count(operation.events),
+        )?;
+        if let (Some(_), Some(inner)) = (operation.ioctl_ns, operation.function_ns) {
+            writeln!(
+                out,
+                "{QUIET}  inside the ioctl {:>43}{QUIET:#}",
+                time(inner)
+            )?;
+        }
+        if let Some(rc) = operation.rc.filter(|rc| *rc < 0) {
+            writeln!(out, "{BAD}  failed: {}{BAD:#}", describe::errno(rc))?;
+        }
+    }
+    Ok(())
+}
+
+fn figures(out: &mut impl Write, migration: &Migration<'_>) -> io::Result<()> {
+    let downtime = &migration.downtime;
+    writeln!(out)?;
+    match (downtime.bounds, downtime.stop_ns) {
+        (Some(bounds), _) => {
+            let what = match bounds.resumed {
+                Side::Source => "migration_stop_vm entered → KVM_RUN again at the source",
+                _ => "migration_stop_vm entered → KVM_RUN at the destination",
+            };
+            figure(out, "downtime", &time(bounds.duration_ns()), what)?;
+        }
+        (None, Some(_)) => {
+            let saw = downtime.source_saw_ns.map(time);
+            let saw = saw.map_or_else(String::new, |saw| format!("; the source saw {saw}"));
+            figure(
+                out,
+                "downtime",
+                "unknown",
+                &format!("no KVM_RUN was seen to end it{saw}"),
+            )?;
+        }
+        (None, None) if migration.source.is_none() => {
+            figure(out, "downtime", "unknown", "the source was not recorded")?;
+        }
+        (None, None) => figure(out, "downtime", "none", "the guest was not stopped")?,
+    }
+    if let Some((start, end)) = downtime.blackout {
+        let dark = u64::try_from(end.saturating_sub(start)).unwrap_or(0);
+        figure(
+            out,
+            "blackout",
+            &time(dark),
+            "last vCPU out of guest code → first one in again",
+        )?;
+        for vcpu in downtime.vcpus.iter().filter(|_| downtime.vcpus.len() > 1) {
+            let dark = u64::try_from(vcpu.end_ns.saturating_sub(vcpu.start_ns)).unwrap_or(0);
+            figure(out, &format!("  vCPU {}", vcpu.index), &time(dark), "")?;
+        }
+    }
+    if let Some(explained) = downtime.explained {
+        figure(
+            out,
+            "explained",
+            &percent(explained),
+            "of the downtime is in named spans",
+        )?;
+    }
+    gaps(out, &downtime.gaps)?;
+    clock(out, migration)?;
+    let lost = migration.lost_events;
+    figure(
+        out,
+        "lost",
+        &lost.to_string(),
+        if lost == 1 { "event" } else { "events" },
+    )?;
+    for doubt in migration.doubts() {
+        writeln!(
+            out,
+            "{BAD}doubtful: {}{BAD:#}",
+            cut(&printable(&doubt), WIDTH - 10)
+        )?;
+    }
+    Ok(())
+}
+
+fn figure(out: &mut impl Write, name: &str, value: &str, what: &str) -> io::Result<()> {
+    let what = cut(what, WIDTH - 25);
+    let end = if what.is_empty() { "" } else { "  " };
+    writeln!(out, "{name:10} {FIGURE}{value:>12}{FIGURE:#}{end}{what}")
+}
+
+/// The largest gap with its place; the others are counted.
+fn gaps(out: &mut impl Write, gaps: &[Gap]) -> io::Result<()> {
+    let Some(largest) = gaps.iter().max_by_key(|gap| gap.duration_ns()) else {
+        return Ok(());
+    };
+    let of = if gaps.len() > 1 {
+        format!("the largest of {}", gaps.len())
+    } else {
+        String::new()
+    };
+    figure(out, "gap", &time(largest.duration_ns()), &of)?;
+    writeln!(
+        out,
+        "{}",
+        cut(&format!("{:25}after  {}", "", largest.after), WIDTH)
+    )?;
+    writeln!(
+        out,
+        "{}",
+        cut(&format!("{:25}before {}", "", largest.before), WIDTH)
+    )
+}
+
+fn clock(out: &mut impl Write, migration: &Migration<'_>) -> io::Result<()> {
+    if migration.source.is_none() || migration.destination.is_none() {
+        return Ok(());
+    }
+    match (migration.clock.basis, migration.clock.error_ns) {
+        (Basis::OneHost, _) => Ok(()),
+        (Basis::Samples, Some(error)) => figure(
+            out,
+            "clock",
+            &format!("± {}", time(error)),
+            "between the two hosts, measured",
+        ),
+        _ => figure(
+            out,
+            "clock",
+            "± unknown",
+            "two hosts, laid over each other by wall clock",
+        ),
+    }
+}

@@ -1,0 +1,179 @@
+//! One side's spans as lines of a tree, in call order.
+
+use std::collections::HashMap;
+
+use crate::analysis::downtime::Bounds;
+use crate::analysis::{Party, Placed, Span, describe, its, kvm};
+use crate::recording::{Ioctl, Value};
+
+/// More equal spans in a row than this become one line.
+const ALIKE: usize = 3;
+
+/// One line.
+#[derive(Clone, Debug)]
+pub(super) struct Row {
+    /// How far it is indented.
+    pub(super) depth: usize,
+    /// What it stands for.
+    pub(super) text: String,
+    /// How long it took, ns.
+    pub(super) took_ns: u64,
+    /// How much of the downtime that was, from 0 to 1; `None` outside of it.
+    pub(super) share: Option<f64>,
+    /// `ok`, an errno's name, or why there is no result.
+    pub(super) result: String,
+    /// How it is to be read.
+    pub(super) tone: Tone,
+}
+
+/// How a line is to be read.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Tone {
+    /// A span.
+    Work,
+    /// A span that waits for the other side.
+    Wait,
+    /// What the kernel did for the span above.
+    Kernel,
+    /// It failed, or its end was not seen.
+    Bad,
+}
+
+/// The lines of `party`. The share is of the downtime `bounds`.
+pub(super) fn rows(party: &Party<'_>, bounds: Option<Bounds>) -> Vec<Row> {
+    let kernel = kernel_views(party);
+    let mut rows = Vec::new();
+    let mut index = 0;
+    while let Some(rest) = party.spans.get(index..).filter(|rest| !rest.is_empty()) {
+        let alike = alike(rest);
+        let run = rest.get(..alike).unwrap_or_default();
+        rows.extend(span_row(run, bounds));
+        let ioctls: Vec<_> = (index..index + alike)
+            .filter_map(|index| kernel.get(&index))
+            .flatten()
+            .copied()
+            .collect();
+        let depth = run.first().map_or(0, |span| span.what.depth + 1);
+        rows.extend(kernel_row(&ioctls, depth, bounds));
+        index += alike;
+    }
+    rows
+}
+
+/// How many spans at the head of `rest` go on one line.
+fn alike(rest: &[Placed<'_, Span>]) -> usize {
+    let Some(first) = rest.first() else { return 0 };
+    let plain = |span: &Placed<'_, Span>| {
+        let named = span
+            .what
+            .begin
+            .iter()
+            .any(|(_, value)| matches!(value, Value::Str(_)));
+        span.what.leaf
+            && !named
+            && span.what.rc().is_none_or(|rc| rc >= 0)
+            && span.what.end.is_some()
+    };
+    let same = |span: &&Placed<'_, Span>| {
+        let equal = span.tid == first.tid && span.what.parent == first.what.parent;
+        equal && span.what.name() == first.what.name() && plain(span)
+    };
+    match rest.iter().take_while(same).count() {
+        count if count > ALIKE => count,
+        _ => 1,
+    }
+}
+
+fn span_row(run: &[Placed<'_, Span>], bounds: Option<Bounds>) -> Option<Row> {
+    let (first, last) = (run.first()?.what, run.last()?.what);
+    let failed = first.rc().is_some_and(|rc| rc < 0);
+    let result = match (&first.end, first.rc()) {
+        (None, _) => "unfinished".to_owned(),
+        (Some(_), Some(rc)) => describe::errno(rc),
+        (Some(_), None) => String::new(),
+    };
+    let text = if run.len() > 1 {
+        format!("{} × {}", last.name(), run.len())
+    } else {
+        format!("{} {}", first.name(), describe::detail(first))
+            .trim_end()
+            .to_owned()
+    };
+    let tone = match () {
+        () if failed || first.end.is_none() => Tone::Bad,
+        () if first.meaning.wait => Tone::Wait,
+        () => Tone::Work,
+    };
+    let depth = first.depth;
+    Some(Row {
+        depth,
+        text,
+        took_ns: took(run),
+        share: share(run, bounds),
+        result,
+        tone,
+    })
+}
+
+fn kernel_row(ioctls: &[Placed<'_, Ioctl>], depth: usize, bounds: Option<Bounds>) -> Option<Row> {
+    let first = ioctls.first()?.what;
+    let attr = first
+        .attr
+        .and_then(|attr| kvm::attr_name(first.fd_kind, attr));
+    let name = attr.map_or_else(|| kvm::ioctl_name(first), str::to_owned);
+    let times = if ioctls.len() > 1 {
+        format!(" × {}", ioctls.len())
+    } else {
+        String::new()
+    };
+    let worst = ioctls.iter().map(|ioctl| ioctl.what.ret).min()?;
+    Some(Row {
+        depth,
+        text: format!("kernel: {name}{times}"),
+        took_ns: took(ioctls),
+        share: share(ioctls, bounds),
+        result: describe::errno(worst),
+        tone: if worst < 0 { Tone::Bad } else { Tone::Kernel },
+    })
+}
+
+fn took<T>(run: &[Placed<'_, T>]) -> u64 {
+    run.iter()
+        .fold(0, |sum, one| sum.saturating_add(one.duration_ns()))
+}
+
+fn share<T>(run: &[Placed<'_, T>], bounds: Option<Bounds>) -> Option<f64> {
+    let bounds = bounds?;
+    let inside =
+        |one: &&Placed<'_, T>| one.start_ns < bounds.end_ns && one.end_ns > bounds.start_ns;
+    let mut inside = run.iter().filter(inside).peekable();
+    inside.peek()?;
+    Some(
+        inside
+            .map(|one| bounds.share(one.start_ns, one.end_ns))
+            .sum(),
+    )
+}
+
+/// The ioctls that are the kernel's view of a table operation, by the place of the innermost span
+/// that made them.
+fn kernel_views<'a>(party: &Party<'a>) -> HashMap<usize, Vec<Placed<'a, Ioctl>>> {
+    let mut views: HashMap<usize, Vec<Placed<'a, Ioctl>>> = HashMap::new();
+    for (index, operation) in party.spans.iter().enumerate() {
+        for ioctl in party
+            .ioctls
+            .iter()
+            .filter(|ioctl| its::is_kernel_view(operation, ioctl))
+        {
+            // What is inside the operation follows it; the last that holds the ioctl is innermost.
+            let inside = party.spans.iter().enumerate().skip(index);
+            let inside = inside.take_while(|(_, span)| operation.holds(span));
+            let innermost = inside.filter(|(_, span)| span.holds(ioctl)).last();
+            views
+                .entry(innermost.map_or(index, |(index, _)| index))
+                .or_default()
+                .push(*ioctl);
+        }
+    }
+    views
+}

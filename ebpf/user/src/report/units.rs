@@ -1,0 +1,60 @@
+//! Numbers as a person reads them.
+
+/// A duration with its unit, at most 10 columns wide below 10,000 s.
+pub(super) fn time(ns: u64) -> String {
+    let value = ns as f64;
+    match ns {
+        0..1_000 => format!("{ns} ns"),
+        1_000..1_000_000 => format!("{:.1} µs", value / 1e3),
+        1_000_000..1_000_000_000 => format!("{:.3} ms", value / 1e6),
+        _ => format!("{:.3} s", value / 1e9),
+    }
+}
+
+/// A share from 0 to 1 in percent. Never rounds up to the whole: 100 % means all of it.
+pub(super) fn percent(share: f64) -> String {
+    let tenths = (share * 1e3).round();
+    let tenths = if share < 1.0 {
+        tenths.min(999.0)
+    } else {
+        tenths
+    };
+    format!("{:.1} %", tenths / 10.0)
+}
+
+/// `text` in at most `width` columns; an ellipsis stands for what was cut.
+pub(super) fn cut(text: &str, width: usize) -> String {
+    if text.chars().count() <= width {
+        return text.to_owned();
+    }
+    let mut cut: String = text.chars().take(width.saturating_sub(1)).collect();
+    cut.push('…');
+    cut
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn times_keep_the_microsecond() {
+        assert_eq!(time(999), "999 ns");
+        assert_eq!(time(1_250), "1.2 µs");
+        assert_eq!(time(12_345_678), "12.346 ms");
+        assert_eq!(time(2_000_000_000), "2.000 s");
+        assert!(time(9_999_999_999_999).chars().count() <= 10);
+    }
+
+    #[test]
+    fn a_share_below_the_whole_never_reads_as_it() {
+        assert_eq!(percent(0.999_99), "99.9 %");
+        assert_eq!(percent(1.0), "100.0 %");
+        assert_eq!(percent(0.0), "0.0 %");
+    }
+
+    #[test]
+    fn a_cut_is_marked() {
+        assert_eq!(cut("µµµµ", 4), "µµµµ");
+        assert_eq!(cut("µµµµ", 3), "µµ…");
+    }
+}
