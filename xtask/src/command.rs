@@ -1,8 +1,12 @@
 //! Running other programs with errors that say which one failed and how.
 
 use std::ffi::OsStr;
+use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::mpsc::{RecvTimeoutError, channel};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
@@ -31,6 +35,66 @@ pub(crate) fn output(command: &mut Command) -> Result<String> {
     String::from_utf8(output.stdout).with_context(|| format!("{} printed no text", name(command)))
 }
 
+/// Runs `command` and hands each line of its standard output to `line` as it comes.
+///
+/// Returns `None` when it did not end within `timeout`; it is killed then, and when the caller
+/// unwinds.
+pub(crate) fn stream(
+    command: &mut Command,
+    timeout: Duration,
+    mut line: impl FnMut(&str),
+) -> Result<Option<ExitStatus>> {
+    let started = Instant::now();
+    let mut child = Killed(
+        command
+            .stdin(Stdio::null())
+            .stdout(Stdio::piped())
+            .spawn()
+            .with_context(|| format!("cannot start {}", name(command)))?,
+    );
+    let output = child
+        .0
+        .stdout
+        .take()
+        .context("the program's output is not there")?;
+    let (sender, lines) = channel();
+    // The thread ends with the output: when the program and all that inherited its output are gone.
+    thread::spawn(move || {
+        let mut output = BufReader::new(output);
+        let mut buffer = Vec::new();
+        while output
+            .read_until(b'\n', &mut buffer)
+            .is_ok_and(|length| length > 0)
+        {
+            let text = String::from_utf8_lossy(buffer.trim_ascii_end()).into_owned();
+            buffer.clear();
+            if sender.send(text).is_err() {
+                return;
+            }
+        }
+    });
+    loop {
+        match lines.recv_timeout(timeout.saturating_sub(started.elapsed())) {
+            Ok(text) => line(&text),
+            Err(RecvTimeoutError::Disconnected) => break,
+            Err(RecvTimeoutError::Timeout) => {
+                drop(child);
+                // What was begun but not ended by a newline tells where it hung.
+                lines
+                    .recv_timeout(Duration::from_secs(1))
+                    .iter()
+                    .for_each(|text| line(text));
+                return Ok(None);
+            }
+        }
+    }
+    let status = child
+        .0
+        .wait()
+        .with_context(|| format!("cannot wait for {}", name(command)))?;
+    Ok(Some(status))
+}
+
 /// What `command` printed if it could be started and succeeded; silent otherwise.
 pub(crate) fn probe(command: &mut Command) -> Option<String> {
     let output = command
@@ -51,6 +115,17 @@ pub(crate) fn find(program: &str) -> Option<PathBuf> {
         .chain(["/usr/sbin", "/sbin"].map(PathBuf::from))
         .map(|folder| folder.join(program))
         .find(|file| file.is_file())
+}
+
+/// A child process, killed when dropped.
+struct Killed(Child);
+
+impl Drop for Killed {
+    fn drop(&mut self) {
+        // Both fail only when the process has ended already.
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
 }
 
 fn name(command: &Command) -> String {

@@ -6,6 +6,7 @@ mod command;
 mod kernel;
 mod paths;
 mod setup;
+mod test;
 mod testbed;
 mod toolchain;
 
@@ -29,6 +30,8 @@ enum Verb {
     Build(build::Arguments),
     /// A shell, or one command, on emulated arm64 with KVM and an ITS.
     Testbed(testbed::Arguments),
+    /// Run the tests: units, then integration on this machine and in the testbed.
+    Test(test::Arguments),
 }
 
 fn main() -> ExitCode {
@@ -36,6 +39,7 @@ fn main() -> ExitCode {
         Verb::Setup(arguments) => setup::run(&arguments).map(|()| 0),
         Verb::Build(arguments) => build::run(&arguments).map(|()| 0),
         Verb::Testbed(arguments) => testbed::run(&arguments),
+        Verb::Test(arguments) => test::run(&arguments),
     };
     match result {
         Ok(code) => ExitCode::from(code),

@@ -10,6 +10,7 @@ use std::env::consts::ARCH;
 use anyhow::{Result, bail};
 use clap::ValueEnum;
 
+pub(crate) use self::python::interpreter as python;
 use crate::command;
 use crate::kernel::Series;
 

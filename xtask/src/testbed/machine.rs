@@ -4,17 +4,14 @@
 //! so the VMM's arm64 half meets the real `KVM_DEV_ARM_ITS_SAVE_TABLES`.
 
 use std::fs;
-use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
-use std::process::{Child, Command, Stdio};
-use std::sync::mpsc::{RecvTimeoutError, channel};
-use std::thread;
+use std::process::{Command, ExitStatus};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
 use super::initramfs::Initramfs;
-use crate::{kernel::Kernel, paths};
+use crate::{command, kernel::Kernel, paths};
 
 /// What the testbed's clock counts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,7 +29,6 @@ pub(crate) struct Testbed {
     memory_mib: u32,
     files: Vec<(PathBuf, String)>,
     environment: Vec<(String, String)>,
-    qemu_arguments: Vec<String>,
     folder: PathBuf,
 }
 
@@ -56,7 +52,6 @@ impl Testbed {
             memory_mib: 2048,
             files: Vec::new(),
             environment: Vec::new(),
-            qemu_arguments: Vec::new(),
             folder: paths::target().join("testbed").join(name),
         }
     }
@@ -85,13 +80,6 @@ impl Testbed {
         self
     }
 
-    /// Passes further arguments to QEMU, such as a `-netdev`.
-    pub(crate) fn qemu(mut self, arguments: &[&str]) -> Self {
-        self.qemu_arguments
-            .extend(arguments.iter().map(|&argument| argument.to_owned()));
-        self
-    }
-
     /// The folder of this machine that the testbed sees as `/share`.
     pub(crate) fn share(&self) -> PathBuf {
         self.folder.join("share")
@@ -109,59 +97,21 @@ impl Testbed {
         &self,
         program: &[&str],
         timeout: Duration,
-        mut line: impl FnMut(&str),
+        line: impl FnMut(&str),
     ) -> Result<Finished> {
         self.prepare(program, false)?;
         let started = Instant::now();
-        let mut qemu = Qemu::start(
-            self.qemu_command()
-                .args(["-chardev", "file,id=output,path=/dev/stdout"])
-                .args(["-device", "virtserialport,chardev=output,nr=1"])
-                .stdin(Stdio::null())
-                .stdout(Stdio::piped()),
-        )?;
-        let output = qemu.0.stdout.take().context("QEMU's output is not there")?;
-        let (sender, lines) = channel();
-        let reader = thread::spawn(move || {
-            let mut output = BufReader::new(output);
-            let mut buffer = Vec::new();
-            while output
-                .read_until(b'\n', &mut buffer)
-                .is_ok_and(|length| length > 0)
-            {
-                let text = String::from_utf8_lossy(buffer.trim_ascii_end()).into_owned();
-                buffer.clear();
-                if sender.send(text).is_err() {
-                    return;
-                }
-            }
-        });
-        loop {
-            match lines.recv_timeout(timeout.saturating_sub(started.elapsed())) {
-                Ok(text) => line(&text),
-                Err(RecvTimeoutError::Disconnected) => break,
-                Err(RecvTimeoutError::Timeout) => {
-                    bail!(
-                        "the testbed did not finish within {} s\n{}",
-                        timeout.as_secs(),
-                        self.kernel_log()
-                    )
-                }
-            }
-        }
-        // The output ends when QEMU does, or, when QEMU hangs on exit, never before it.
-        let exit = qemu.0.wait().context("cannot wait for QEMU")?;
-        let elapsed = started.elapsed();
-        if reader.join().is_err() {
-            bail!("the reader of the testbed's output panicked");
-        }
-        if !exit.success() {
-            bail!("qemu-system-aarch64 failed: {exit}");
-        }
-        Ok(Finished {
-            status: self.status()?,
-            elapsed,
-        })
+        let mut qemu = self.qemu_command();
+        qemu.args(["-chardev", "file,id=output,path=/dev/stdout"])
+            .args(["-device", "virtserialport,chardev=output,nr=1"]);
+        let Some(exit) = command::stream(&mut qemu, timeout, line)? else {
+            let seconds = timeout.as_secs();
+            bail!(
+                "the testbed did not finish within {seconds} s\n{}",
+                self.kernel_log()
+            );
+        };
+        self.finished(exit, started)
     }
 
     /// Boots with the terminal attached to a shell, or to `program` if it is not empty.
@@ -173,24 +123,18 @@ impl Testbed {
         };
         self.prepare(program, true)?;
         let started = Instant::now();
-        let mut qemu = Qemu::start(
-            self.qemu_command()
-                .args([
-                    "-chardev",
-                    "stdio,id=output,mux=on,signal=off",
-                    "-mon",
-                    "chardev=output",
-                ])
-                .args(["-device", "virtconsole,chardev=output"]),
-        )?;
-        let exit = qemu.0.wait().context("cannot wait for QEMU")?;
-        if !exit.success() {
-            bail!("qemu-system-aarch64 failed: {exit}");
-        }
-        Ok(Finished {
-            status: self.status()?,
-            elapsed: started.elapsed(),
-        })
+        let exit = self
+            .qemu_command()
+            .args([
+                "-chardev",
+                "stdio,id=output,mux=on,signal=off",
+                "-mon",
+                "chardev=output",
+            ])
+            .args(["-device", "virtconsole,chardev=output"])
+            .status()
+            .context("cannot start QEMU")?;
+        self.finished(exit, started)
     }
 
     /// Writes the initramfs and empties the results of an earlier run.
@@ -277,15 +221,19 @@ impl Testbed {
             Mode::Function => qemu.args(["-accel", "tcg,thread=multi", "-smp", "2"]),
             Mode::Counting => qemu.args(["-icount", "shift=0,sleep=off", "-smp", "1"]),
         };
-        qemu.args(&self.qemu_arguments);
         qemu
     }
 
-    fn status(&self) -> Result<i32> {
+    fn finished(&self, exit: ExitStatus, started: Instant) -> Result<Finished> {
+        let elapsed = started.elapsed();
+        if !exit.success() {
+            bail!("qemu-system-aarch64 failed: {exit}");
+        }
         let text = fs::read_to_string(self.status_file()).context("cannot read the status file")?;
-        text.trim().parse().map_err(|_| {
-            anyhow::anyhow!("the testbed ended without a status\n{}", self.kernel_log())
-        })
+        match text.trim().parse() {
+            Ok(status) => Ok(Finished { status, elapsed }),
+            Err(_) => bail!("the testbed ended without a status\n{}", self.kernel_log()),
+        }
     }
 
     /// The end of what the kernel wrote on its console: the reason when a testbed fails.
@@ -310,26 +258,6 @@ impl Testbed {
 
     fn initramfs_file(&self) -> PathBuf {
         self.folder.join("initramfs.cpio")
-    }
-}
-
-/// A running QEMU, killed when dropped.
-struct Qemu(Child);
-
-impl Qemu {
-    fn start(command: &mut Command) -> Result<Self> {
-        command
-            .spawn()
-            .map(Self)
-            .context("cannot start QEMU: run `cargo xtask setup`")
-    }
-}
-
-impl Drop for Qemu {
-    fn drop(&mut self) {
-        // Both fail only when QEMU has ended already.
-        let _ = self.0.kill();
-        let _ = self.0.wait();
     }
 }
 

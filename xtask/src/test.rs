@@ -1,0 +1,242 @@
+//! `cargo xtask test`: unit tests, then the integration tests on this machine and in the testbed.
+
+use std::env;
+use std::fmt;
+use std::process::Command;
+use std::time::Duration;
+
+use anyhow::Result;
+use clap::ValueEnum;
+
+use crate::artifacts::{self, Artifacts, Platform};
+use crate::kernel::{Kernel, Series};
+use crate::setup::{self, Purpose};
+use crate::testbed::Testbed;
+use crate::{command, paths};
+
+/// Longer than any part takes on two slow cores; a test that hangs ends here.
+const TIMEOUT: Duration = Duration::from_secs(1800);
+
+/// Arguments of `cargo xtask test`.
+#[derive(clap::Args)]
+pub(crate) struct Arguments {
+    /// Also run the tests that take long: many migrations, large tables.
+    #[arg(long)]
+    slow: bool,
+    /// Run only this part (repeatable).
+    #[arg(long = "part", value_enum, value_name = "PART")]
+    parts: Vec<Part>,
+    /// The testbed's kernel.
+    #[arg(long, value_enum, default_value = "6.12")]
+    kernel: Series,
+    /// Run only the tests whose name contains one of these.
+    filters: Vec<String>,
+}
+
+/// Where a test runs.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+enum Part {
+    /// Pure logic: needs neither KVM nor root.
+    Unit,
+    /// Integration tests on this machine's own `/dev/kvm`.
+    Host,
+    /// The same tests in the arm64 testbed.
+    Testbed,
+}
+
+/// Runs the verb. The last line is the sum: `N passed, N failed, N skipped`.
+pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
+    setup::ensure(&[Purpose::Build, Purpose::Testbed, Purpose::Test])?;
+    let mut tally = Tally::default();
+    for part in Part::value_variants() {
+        if !arguments.parts.is_empty() && !arguments.parts.contains(part) {
+            continue;
+        }
+        match part {
+            Part::Unit => unit_tests(arguments, &mut tally)?,
+            Part::Host => host_tests(arguments, &mut tally)?,
+            Part::Testbed => testbed_tests(arguments, &mut tally)?,
+        }
+    }
+    println!("{tally}");
+    Ok(u8::from(tally.failed > 0))
+}
+
+fn unit_tests(arguments: &Arguments, tally: &mut Tally) -> Result<()> {
+    println!("== unit tests");
+    let mut cargo = Command::new(env::var_os("CARGO").unwrap_or_else(|| "cargo".into()));
+    cargo
+        .current_dir(paths::workspace())
+        .args(["test", "--workspace", "--no-fail-fast"]);
+    // The first two need targets of their own, the last needs built programs.
+    for package in ["blackout-ebpf", "blackout-guest", "blackout-tests"] {
+        cargo.args(["--exclude", package]);
+    }
+    cargo.arg("--").args(&arguments.filters);
+    tally.stream(&mut cargo)
+}
+
+fn host_tests(arguments: &Arguments, tally: &mut Tally) -> Result<()> {
+    println!("== integration tests on this machine");
+    let artifacts = artifacts::build(Platform::Host)?;
+    for program in artifacts::build_tests(Platform::Host)?.values() {
+        let mut test = Command::new(program);
+        test.current_dir(paths::workspace())
+            .args(libtest_arguments(arguments))
+            .env("BLACKOUT_VMM", &artifacts.vmm)
+            .env("BLACKOUT_TOOL", &artifacts.tool)
+            .env("BLACKOUT_GUEST", &artifacts.guest)
+            .env("BLACKOUT_PYTHON", setup::python()?)
+            .env("BLACKOUT_SLOW", slow(arguments));
+        tally.stream(&mut test)?;
+    }
+    Ok(())
+}
+
+fn testbed_tests(arguments: &Arguments, tally: &mut Tally) -> Result<()> {
+    println!("== integration tests in the testbed");
+    let Artifacts { vmm, tool, guest } = artifacts::build(Platform::Testbed)?;
+    let mut testbed = Testbed::new(Kernel::find(arguments.kernel)?, "test")
+        .file(vmm, "/bin/blackout-vmm")
+        .file(tool, "/bin/blackout")
+        .file(guest, "/bin/blackout-guest")
+        .env("BLACKOUT_VMM", "/bin/blackout-vmm")
+        .env("BLACKOUT_TOOL", "/bin/blackout")
+        .env("BLACKOUT_GUEST", "/bin/blackout-guest")
+        .env("BLACKOUT_SLOW", slow(arguments));
+    for (name, program) in artifacts::build_tests(Platform::Testbed)? {
+        testbed = testbed.file(program, format!("/tests/{name}"));
+    }
+    let every_program =
+        r#"failed=0; for test in /tests/*; do "$test" "$@" || failed=1; done; exit $failed"#;
+    let mut program = vec!["sh", "-c", every_program, "sh"];
+    let libtest = libtest_arguments(arguments);
+    program.extend(libtest.iter().map(String::as_str));
+    match testbed.run(&program, TIMEOUT, |line| tally.line(line)) {
+        Ok(finished) => tally.ended(finished.status == 0, "a test in the testbed"),
+        Err(error) => {
+            println!("{error:#}");
+            tally.ended(false, "the testbed");
+        }
+    }
+    Ok(())
+}
+
+/// One test at a time, since they measure time on few cores, and with their output shown, since
+/// skipped tests say so there.
+fn libtest_arguments(arguments: &Arguments) -> Vec<String> {
+    let fixed = ["--test-threads=1", "--nocapture"].map(str::to_owned);
+    fixed
+        .into_iter()
+        .chain(arguments.filters.iter().cloned())
+        .collect()
+}
+
+fn slow(arguments: &Arguments) -> &'static str {
+    if arguments.slow { "1" } else { "0" }
+}
+
+/// Counts what test programs report, while passing their output on.
+#[derive(Debug, Default, PartialEq, Eq)]
+struct Tally {
+    /// Tests that libtest calls passed; those that returned early are among them.
+    ok: u32,
+    failed: u32,
+    ignored: u32,
+    /// Tests that returned early and said `SKIP: `.
+    early: u32,
+    /// Failures that the programs running now have reported themselves.
+    reported: u32,
+}
+
+impl Tally {
+    /// Runs a test program, or cargo running several.
+    fn stream(&mut self, program: &mut Command) -> Result<()> {
+        let ended = command::stream(program, TIMEOUT, |line| self.line(line))?;
+        let name = program.get_program().to_string_lossy().into_owned();
+        if ended.is_none() {
+            println!("{name} did not end within {} s", TIMEOUT.as_secs());
+        }
+        self.ended(ended.is_some_and(|status| status.success()), &name);
+        Ok(())
+    }
+
+    /// Passes a line of output on and counts what it says.
+    fn line(&mut self, line: &str) {
+        println!("{line}");
+        if line.contains("SKIP: ") {
+            self.early += 1;
+        }
+        let Some((_, result)) = line.split_once("test result: ") else {
+            return;
+        };
+        let count = |what: &str| -> u32 {
+            let words: Vec<_> = result
+                .split([' ', ';'])
+                .filter(|word| !word.is_empty())
+                .collect();
+            let place = words.iter().position(|word| *word == what);
+            place
+                .and_then(|place| words.get(place.checked_sub(1)?)?.parse().ok())
+                .unwrap_or(0)
+        };
+        self.ok += count("passed");
+        self.failed += count("failed");
+        self.reported += count("failed");
+        self.ignored += count("ignored");
+    }
+
+    /// Ends a part: one that failed without reporting a failed test (it crashed, it did not
+    /// compile, it hung) counts as one failure.
+    fn ended(&mut self, success: bool, name: &str) {
+        if !success && self.reported == 0 {
+            println!("{name} failed without saying which test did");
+            self.failed += 1;
+        }
+        self.reported = 0;
+    }
+}
+
+impl fmt::Display for Tally {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let passed = self.ok.saturating_sub(self.early);
+        let skipped = self.ignored + self.early;
+        write!(
+            formatter,
+            "{passed} passed, {} failed, {skipped} skipped",
+            self.failed
+        )
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const RESULT: &str = "test result: FAILED. 3 passed; 1 failed; 2 ignored; 0 measured; \
+                          0 filtered out; finished in 0.01s";
+
+    #[test]
+    fn results_are_added_up_and_early_returns_are_skips() {
+        let mut tally = Tally::default();
+        for line in [
+            RESULT,
+            "unrelated 7 passed",
+            "test a ... SKIP: a: no KVM",
+            RESULT,
+        ] {
+            tally.line(line);
+        }
+        tally.ended(false, "both");
+        assert_eq!(tally.to_string(), "5 passed, 2 failed, 5 skipped");
+    }
+
+    #[test]
+    fn a_program_that_dies_without_a_result_is_a_failure() {
+        let mut tally = Tally::default();
+        tally.line(RESULT);
+        tally.ended(false, "first");
+        tally.ended(false, "second");
+        assert_eq!(tally.to_string(), "3 passed, 2 failed, 2 skipped");
+    }
+}
