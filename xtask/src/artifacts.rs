@@ -40,15 +40,32 @@ pub(crate) struct Artifacts {
     pub(crate) tool: PathBuf,
     /// The bare-metal guest, an ELF file.
     pub(crate) guest: PathBuf,
+    /// One recorded migration of that guest, `blackout-scenario`.
+    pub(crate) scenario: PathBuf,
 }
 
 impl Artifacts {
     /// Name and path of each program, for copying them somewhere.
-    pub(crate) fn files(&self) -> [(&'static str, &Path); 3] {
+    pub(crate) fn files(&self) -> [(&'static str, &Path); 4] {
         [
             ("blackout-vmm", &self.vmm),
             ("blackout", &self.tool),
             ("blackout-guest", &self.guest),
+            ("blackout-scenario", &self.scenario),
+        ]
+    }
+
+    /// The environment variables by which the harness finds the programs that it starts, with the
+    /// folder that holds them under their own names, or with where they were built.
+    pub(crate) fn environment(&self, folder: Option<&str>) -> [(&'static str, String); 3] {
+        let place = |name: &str, path: &Path| match folder {
+            Some(folder) => format!("{folder}/{name}"),
+            None => path.display().to_string(),
+        };
+        [
+            ("BLACKOUT_VMM", place("blackout-vmm", &self.vmm)),
+            ("BLACKOUT_TOOL", place("blackout", &self.tool)),
+            ("BLACKOUT_GUEST", place("blackout-guest", &self.guest)),
         ]
     }
 }
@@ -64,6 +81,8 @@ pub(crate) fn build(platform: Platform) -> Result<Artifacts> {
             "blackout-vmm",
             "--package",
             "blackout",
+            "--package",
+            "blackout-tests",
             "--bins",
         ])
         .env("BLACKOUT_BPF_OBJECT", &object);
@@ -77,6 +96,7 @@ pub(crate) fn build(platform: Platform) -> Result<Artifacts> {
     Ok(Artifacts {
         vmm: program("blackout-vmm")?,
         tool: program("blackout")?,
+        scenario: program("blackout-scenario")?,
         guest,
     })
 }

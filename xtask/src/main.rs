@@ -3,6 +3,7 @@
 mod artifacts;
 mod build;
 mod command;
+mod demo;
 mod kernel;
 mod paths;
 mod setup;
@@ -28,6 +29,8 @@ enum Verb {
     Setup(setup::Arguments),
     /// Build the eBPF programs, the VMM, the tool and the guest.
     Build(build::Arguments),
+    /// Migrate a guest, measure its blackout, and show where it went.
+    Demo(demo::Arguments),
     /// A shell, or one command, on emulated arm64 with KVM and an ITS.
     Testbed(testbed::Arguments),
     /// Run the tests: units, then integration on this machine and in the testbed.
@@ -38,6 +41,7 @@ fn main() -> ExitCode {
     let result = match Arguments::parse().verb {
         Verb::Setup(arguments) => setup::run(&arguments).map(|()| 0),
         Verb::Build(arguments) => build::run(&arguments).map(|()| 0),
+        Verb::Demo(arguments) => demo::run(&arguments),
         Verb::Testbed(arguments) => testbed::run(&arguments),
         Verb::Test(arguments) => test::run(&arguments),
     };

@@ -2,7 +2,8 @@
 //! and what recordings are made with.
 //!
 //! Starts a source and a destination monitor, waits until the guest has set itself up, attaches the
-//! tool to both, migrates, and checks that the guest goes on. Says on stderr what it does.
+//! tool to both, migrates, and checks that the guest goes on. Says on stderr what it does, and
+//! prints the report on stdout.
 
 use std::fs;
 use std::net::TcpListener;
@@ -12,7 +13,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use clap::Parser;
-use harness::{GuestView, Recorder, Vmm, VmmOptions};
+use harness::{GuestView, Recorder, Vmm, VmmOptions, tool};
 
 /// How long the guest may take to set itself up, and the migration to end: the testbed is slow.
 const LIMIT: Duration = Duration::from_secs(120);
@@ -39,7 +40,7 @@ struct Arguments {
     /// Migrate over a unix socket instead of TCP on loopback.
     #[arg(long)]
     unix: bool,
-    /// Directory for `recording` and `query-migrate.json`.
+    /// Directory for `recording`, `report.json`, `trace.json` and `query-migrate.json`.
     #[arg(long, value_name = "DIR")]
     out: PathBuf,
 }
@@ -117,6 +118,20 @@ fn run(arguments: &Arguments) -> Result<()> {
     GuestView::open(destination.pid())?.wait_progress(0, LIMIT)?;
     say("the guest runs at the destination".into());
     say(recorder.stop()?.trim_end().replace('\n', "\n           "));
+
+    let file = |name| arguments.out.join(name);
+    let recording = recording
+        .to_str()
+        .context("the output's path is not UTF-8")?;
+    fs::write(
+        file("report.json"),
+        tool::run(&["report", "--json", recording])?,
+    )?;
+    fs::write(
+        file("trace.json"),
+        tool::run(&["export", "chrome", recording])?,
+    )?;
+    println!("{}", tool::run(&["report", recording])?.trim_end());
     Ok(())
 }
 
