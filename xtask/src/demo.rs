@@ -116,13 +116,7 @@ fn on_host(artifacts: &Artifacts, arguments: &Arguments, results: &Path) -> Resu
 
 fn in_testbed(artifacts: &Artifacts, arguments: &Arguments, results: &Path) -> Result<i32> {
     eprintln!("demo: booting arm64 Linux with KVM, a GICv3 and its ITS, under emulation");
-    let mut testbed = Testbed::new(Kernel::find(Series::V6_12)?, "demo");
-    for (name, file) in artifacts.files() {
-        testbed = testbed.file(file, format!("/bin/{name}"));
-    }
-    for (name, value) in artifacts.environment(Some("/bin")) {
-        testbed = testbed.env(name, value);
-    }
+    let testbed = Testbed::new(Kernel::find(Series::V6_12)?, "demo").programs(artifacts);
     let words = scenario(arguments, "/share/out");
     let program: Vec<_> = ["blackout-scenario"]
         .into_iter()

@@ -8,7 +8,7 @@ use std::time::Duration;
 use anyhow::Result;
 use clap::ValueEnum;
 
-use crate::artifacts::{self, Artifacts, Platform};
+use crate::artifacts::{self, Platform};
 use crate::kernel::{Kernel, Series};
 use crate::setup::{self, Purpose};
 use crate::testbed::Testbed;
@@ -83,9 +83,7 @@ fn host_tests(arguments: &Arguments, tally: &mut Tally) -> Result<()> {
         let mut test = Command::new(program);
         test.current_dir(paths::workspace())
             .args(libtest_arguments(arguments))
-            .env("BLACKOUT_VMM", &artifacts.vmm)
-            .env("BLACKOUT_TOOL", &artifacts.tool)
-            .env("BLACKOUT_GUEST", &artifacts.guest)
+            .envs(artifacts.environment(None))
             .env("BLACKOUT_PYTHON", setup::python()?)
             .env("BLACKOUT_SLOW", slow(arguments));
         tally.stream(&mut test)?;
@@ -95,14 +93,8 @@ fn host_tests(arguments: &Arguments, tally: &mut Tally) -> Result<()> {
 
 fn testbed_tests(arguments: &Arguments, tally: &mut Tally) -> Result<()> {
     println!("== integration tests in the testbed");
-    let Artifacts { vmm, tool, guest } = artifacts::build(Platform::Testbed)?;
     let mut testbed = Testbed::new(Kernel::find(arguments.kernel)?, "test")
-        .file(vmm, "/bin/blackout-vmm")
-        .file(tool, "/bin/blackout")
-        .file(guest, "/bin/blackout-guest")
-        .env("BLACKOUT_VMM", "/bin/blackout-vmm")
-        .env("BLACKOUT_TOOL", "/bin/blackout")
-        .env("BLACKOUT_GUEST", "/bin/blackout-guest")
+        .programs(&artifacts::build(Platform::Testbed)?)
         .env("BLACKOUT_SLOW", slow(arguments));
     for (name, program) in artifacts::build_tests(Platform::Testbed)? {
         testbed = testbed.file(program, format!("/tests/{name}"));

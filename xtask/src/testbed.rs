@@ -50,9 +50,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
             Mode::Function
         });
     if !arguments.no_build {
-        for (name, file) in artifacts::build(Platform::Testbed)?.files() {
-            testbed = testbed.file(file, format!("/bin/{name}"));
-        }
+        testbed = testbed.programs(&artifacts::build(Platform::Testbed)?);
     }
     for file in &arguments.file {
         let (host, guest) = file

@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 
 use super::initramfs::Initramfs;
-use crate::{command, kernel::Kernel, paths};
+use crate::{artifacts::Artifacts, kernel::Kernel, paths};
 
 /// What the testbed's clock counts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -71,6 +71,17 @@ impl Testbed {
     /// Puts the file `host` of this machine at the absolute path `guest`, executable.
     pub(crate) fn file(mut self, host: impl Into<PathBuf>, guest: impl Into<String>) -> Self {
         self.files.push((host.into(), guest.into()));
+        self
+    }
+
+    /// Puts the built programs into `/bin`, and tells the harness so.
+    pub(crate) fn programs(mut self, artifacts: &Artifacts) -> Self {
+        for (name, file) in artifacts.files() {
+            self = self.file(file, format!("/bin/{name}"));
+        }
+        for (name, value) in artifacts.environment(Some("/bin")) {
+            self = self.env(name, value);
+        }
         self
     }
 
