@@ -11,7 +11,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 
 use super::initramfs::Initramfs;
-use crate::{artifacts::Artifacts, kernel::Kernel, paths};
+use crate::{artifacts::Artifacts, command, kernel::Kernel, paths};
 
 /// What the testbed's clock counts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
