@@ -1,0 +1,5 @@
+//! Integration tests: real monitors, real guests, the real tool. `cargo xtask test` runs them on
+//! this machine and, cross-built, in the arm64 testbed.
+
+mod latency;
+mod probes;
