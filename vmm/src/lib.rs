@@ -1,7 +1,10 @@
 #![doc = include_str!("../ARCHITECTURE.md")]
 
+pub mod arch;
+pub mod control;
 pub mod devices;
 pub mod kvm;
+pub mod machine;
 pub mod memory;
 pub mod payload;
 pub mod probes;

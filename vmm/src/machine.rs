@@ -113,8 +113,8 @@ impl Machine {
         }
 
         let mut devices = Vec::new();
-        for (index, vcpu) in (0..).zip(&vcpus) {
-            devices.push(arch::vcpu_state(index, Arc::clone(vcpu)));
+        for vcpu in &vcpus {
+            devices.push(arch::vcpu_state(&vm, Arc::clone(vcpu))?);
         }
         devices.extend(irqchip.devices());
         devices.push(Box::new(serial.clone()));

@@ -5,5 +5,5 @@ pub mod notify;
 pub mod states;
 
 pub use event::{Event, EventSender, Request};
-pub use notify::{HandlerError, NotifyList, StateHandler};
+pub use notify::{CallbackError, HandlerError, NotifyList, StateHandler};
 pub use states::{IllegalTransition, RunState};

@@ -1,0 +1,175 @@
+//! How a payload starts: in 64-bit mode, at privilege 0, with the first 4 GiB mapped one to one.
+//!
+//! `rdi` holds the address of the boot page, `rsp` the top of a small stack, every other general
+//! register 0. Interrupts are off, there is no IDT, and SSE may be used. Pages of 2 MiB map the
+//! first 4 GiB, writable and executable; a guest with RAM above that maps it itself. The other
+//! vCPUs wait for INIT and SIPI. `layout` says where everything lies.
+
+use std::path::Path;
+
+use blackout_abi::guest::{BOOT_MAGIC, BootPage, X86_64_BOOT_PAGE, X86_64_RAM_BASE};
+use kvm_bindings::{kvm_dtable, kvm_regs, kvm_segment};
+use object::elf::EM_X86_64;
+
+use super::{Error, layout};
+use crate::arch::BootParams;
+use crate::kvm::Vcpu;
+use crate::memory::{GuestRam, PAGE_SIZE};
+use crate::payload::{self, Target};
+
+/// Where the first vCPU starts.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Entry {
+    rip: u64,
+}
+
+/// Null, 64-bit code, data: descriptors as the CPU reads them (Intel SDM volume 3, 3.4.5).
+const GDT: [u64; 3] = [0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff];
+const CODE_SELECTOR: u16 = 8;
+const DATA_SELECTOR: u16 = 16;
+
+/// Bits of a page table entry: present, writable, and "maps a large page".
+const PRESENT: u64 = 1;
+const WRITABLE: u64 = 1 << 1;
+const LARGE: u64 = 1 << 7;
+
+const CR0_PE: u64 = 1;
+const CR0_MP: u64 = 1 << 1;
+const CR0_ET: u64 = 1 << 4;
+const CR0_NE: u64 = 1 << 5;
+const CR0_PG: u64 = 1 << 31;
+const CR4_PAE: u64 = 1 << 5;
+const CR4_OSFXSR: u64 = 1 << 9;
+const CR4_OSXMMEXCPT: u64 = 1 << 10;
+const EFER_LME: u64 = 1 << 8;
+const EFER_LMA: u64 = 1 << 10;
+/// Bit 1 of RFLAGS is always set.
+const RFLAGS_RESERVED: u64 = 1 << 1;
+
+/// Puts the payload, the boot page and what the CPU needs at entry into fresh RAM.
+///
+/// # Errors
+/// When the payload can't be loaded or the command line does not fit.
+pub fn load_payload(ram: &GuestRam, payload: &Path, boot: &BootParams<'_>) -> Result<Entry, Error> {
+    let target = Target {
+        machine: EM_X86_64,
+        flat_gpa: layout::FLAT_PAYLOAD,
+        reserved: layout::RESERVED,
+    };
+    let rip = payload::load_elf_or_flat(ram.mem(), payload, &target)?;
+    let (cmdline_len, cmdline) = payload::boot_cmdline(boot.cmdline)?;
+    let page = BootPage {
+        magic: BOOT_MAGIC,
+        version: 1,
+        vcpus: boot.vcpus,
+        ram_base: X86_64_RAM_BASE,
+        ram_size: ram.size(),
+        serial: layout::SERIAL.base,
+        gicd: 0,
+        gicr: 0,
+        its: 0,
+        cmdline_len,
+        cmdline,
+    };
+    payload::write_boot_page(ram.mem(), X86_64_BOOT_PAGE, &page)?;
+    write_words(ram, layout::GDT, GDT)?;
+    write_page_tables(ram)?;
+    Ok(Entry { rip })
+}
+
+/// Lets `vcpu`, the first one, start at `entry`. The others keep their reset state.
+pub fn set_entry(vcpu: &mut Vcpu, entry: &Entry) -> Result<(), Error> {
+    let mut sregs = vcpu.sregs()?;
+    let code = segment(CODE_SELECTOR, 0xb, true);
+    let data = segment(DATA_SELECTOR, 0x3, false);
+    sregs.cs = code;
+    (sregs.ds, sregs.es, sregs.ss) = (data, data, data);
+    (sregs.fs, sregs.gs) = (data, data);
+    sregs.gdt = kvm_dtable {
+        base: layout::GDT,
+        limit: size_of_val(&GDT) as u16 - 1,
+        ..Default::default()
+    };
+    // The first exception finds no gate, so that a broken payload resets and does not spin.
+    sregs.idt = kvm_dtable::default();
+    sregs.cr3 = layout::PAGE_TABLES;
+    sregs.cr4 = CR4_PAE | CR4_OSFXSR | CR4_OSXMMEXCPT;
+    sregs.cr0 = CR0_PG | CR0_NE | CR0_ET | CR0_MP | CR0_PE;
+    sregs.efer = EFER_LME | EFER_LMA;
+    vcpu.set_sregs(&sregs)?;
+    vcpu.set_regs(&kvm_regs {
+        rip: entry.rip,
+        rsp: layout::STACK_TOP,
+        rdi: X86_64_BOOT_PAGE,
+        rflags: RFLAGS_RESERVED,
+        ..Default::default()
+    })?;
+    Ok(())
+}
+
+/// A flat segment, as [`GDT`] describes it.
+fn segment(selector: u16, type_: u8, code: bool) -> kvm_segment {
+    kvm_segment {
+        base: 0,
+        limit: u32::MAX,
+        selector,
+        type_,
+        present: 1,
+        s: 1,
+        g: 1,
+        l: u8::from(code),
+        db: u8::from(!code),
+        ..Default::default()
+    }
+}
+
+fn write_page_tables(ram: &GuestRam) -> Result<(), Error> {
+    const DIRECTORIES: u64 = 4;
+    let table = |index: u64| layout::PAGE_TABLES + index * PAGE_SIZE;
+    let points_to = |address: u64| address | WRITABLE | PRESENT;
+    write_words(ram, table(0), [points_to(table(1))])?;
+    write_words(
+        ram,
+        table(1),
+        (0..DIRECTORIES).map(|i| points_to(table(2 + i))),
+    )?;
+    let large_pages = (0..DIRECTORIES * 512).map(|i| points_to(i << 21) | LARGE);
+    write_words(ram, table(2), large_pages)
+}
+
+fn write_words(
+    ram: &GuestRam,
+    gpa: u64,
+    words: impl IntoIterator<Item = u64>,
+) -> Result<(), Error> {
+    let bytes: Vec<u8> = words.into_iter().flat_map(u64::to_le_bytes).collect();
+    Ok(ram.write(gpa, &bytes)?)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn word(ram: &GuestRam, gpa: u64) -> u64 {
+        let mut bytes = [0; 8];
+        ram.read(gpa, &mut bytes).unwrap();
+        u64::from_le_bytes(bytes)
+    }
+
+    #[test]
+    fn the_page_tables_map_4_gib_one_to_one_inside_the_reserved_range() {
+        let ram = GuestRam::new(&layout::ram_layout(2 << 20).unwrap()).unwrap();
+        write_page_tables(&ram).unwrap();
+        for address in [0u64, 0x12_3456, 0xfee0_0000, 0xffff_ffff] {
+            let mut table = layout::PAGE_TABLES;
+            for shift in [39, 30, 21] {
+                let entry = word(&ram, table + ((address >> shift) & 511) * 8);
+                assert_eq!(entry & 3, 3, "{address:#x} at {shift}");
+                table = entry & !0xfff;
+            }
+            assert_eq!(table, address & !0x1f_ffff);
+        }
+        assert_eq!(word(&ram, layout::RESERVED.end), 0);
+        assert_ne!(word(&ram, layout::RESERVED.end - 8), 0);
+    }
+}

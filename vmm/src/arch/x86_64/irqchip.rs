@@ -1,0 +1,125 @@
+//! What KVM emulates outside the vCPUs: two PICs, the I/O APIC, the PIT; and their state.
+
+use std::ffi::CStr;
+use std::sync::{Arc, Mutex};
+
+use kvm_bindings::{
+    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_irqchip, kvm_pit_state2,
+};
+use serde::{Deserialize, Serialize};
+
+use super::clock::Clock;
+use super::{Error, layout};
+use crate::devices::{DeviceState, StateError, decode, encode};
+use crate::kvm::{Vcpu, Vm};
+use crate::runstate::StateHandler;
+
+/// The interrupt controllers, the PIT and the kvmclock of one VM.
+#[derive(Debug)]
+pub struct Irqchip {
+    vm: Arc<Vm>,
+    clock: Clock,
+}
+
+impl Irqchip {
+    /// Creates them, before the vCPUs: a vCPU gets its local APIC when it is created.
+    pub fn create(vm: &Arc<Vm>, _vcpus: u32) -> Result<Self, Error> {
+        vm.create_irqchip(layout::KVM_TSS, layout::KVM_IDENTITY_MAP)?;
+        let clock = Clock::new(Arc::clone(vm));
+        let vm = Arc::clone(vm);
+        Ok(Irqchip { vm, clock })
+    }
+
+    /// Nothing is left to do once the vCPUs exist.
+    pub fn init(&mut self, _vcpus: &[Arc<Mutex<Vcpu>>]) -> Result<(), Error> {
+        Ok(())
+    }
+
+    /// What must be told when the VM starts and stops; `vcpus` are all that it has.
+    pub fn handlers(&self, vcpus: &[Arc<Mutex<Vcpu>>]) -> Vec<Box<dyn StateHandler>> {
+        vec![Box::new(self.clock.handler(vcpus))]
+    }
+
+    /// What migrates, in the order in which it is loaded: after the vCPUs, because the I/O APIC
+    /// raises again what is pending and needs the local APICs to take it.
+    pub fn devices(&self) -> Vec<Box<dyn DeviceState>> {
+        let chips = Chips(Arc::clone(&self.vm));
+        let pit = Pit(Arc::clone(&self.vm));
+        vec![Box::new(chips), Box::new(pit), Box::new(self.clock.clone())]
+    }
+}
+
+const STATE_VERSION: u32 = 1;
+
+/// The PICs and the I/O APIC.
+struct Chips(Arc<Vm>);
+
+const CHIPS: [u32; 3] = [
+    KVM_IRQCHIP_PIC_MASTER,
+    KVM_IRQCHIP_PIC_SLAVE,
+    KVM_IRQCHIP_IOAPIC,
+];
+
+#[derive(Serialize, Deserialize)]
+struct SavedChips {
+    /// In the order of [`CHIPS`].
+    chips: [kvm_irqchip; CHIPS.len()],
+}
+
+impl DeviceState for Chips {
+    fn name(&self) -> &CStr {
+        c"irqchip"
+    }
+
+    fn version(&self) -> u32 {
+        STATE_VERSION
+    }
+
+    fn save(&mut self) -> Result<Vec<u8>, StateError> {
+        let mut chips = [kvm_irqchip::default(); CHIPS.len()];
+        for (chip, id) in chips.iter_mut().zip(CHIPS) {
+            *chip = self.0.irqchip(id)?;
+        }
+        encode(&SavedChips { chips })
+    }
+
+    fn load(&mut self, version: u32, state: &[u8]) -> Result<(), StateError> {
+        let SavedChips { chips } = decode(STATE_VERSION, version, state)?;
+        for (chip, id) in chips.iter().zip(CHIPS) {
+            if chip.chip_id != id {
+                let problem = format!("irqchip {} where chip {id} belongs", chip.chip_id);
+                return Err(StateError::Invalid(problem));
+            }
+            self.0.set_irqchip(chip)?;
+        }
+        Ok(())
+    }
+}
+
+/// The interval timer.
+struct Pit(Arc<Vm>);
+
+#[derive(Serialize, Deserialize)]
+struct SavedPit {
+    pit: kvm_pit_state2,
+}
+
+impl DeviceState for Pit {
+    fn name(&self) -> &CStr {
+        c"pit"
+    }
+
+    fn version(&self) -> u32 {
+        STATE_VERSION
+    }
+
+    fn save(&mut self) -> Result<Vec<u8>, StateError> {
+        let pit = self.0.pit()?;
+        encode(&SavedPit { pit })
+    }
+
+    fn load(&mut self, version: u32, state: &[u8]) -> Result<(), StateError> {
+        let SavedPit { pit } = decode(STATE_VERSION, version, state)?;
+        Ok(self.0.set_pit(&pit)?)
+    }
+}

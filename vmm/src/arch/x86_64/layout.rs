@@ -1,0 +1,96 @@
+//! The address map.
+//!
+//! | guest-physical | what |
+//! |---|---|
+//! | 0x0000 | free: a guest's real-mode trampoline, for instance |
+//! | 0x1000 | GDT at entry |
+//! | 0x4000 | boot page, `blackout_abi::guest::BootPage` |
+//! | 0x5000 | the guest's shared page |
+//! | 0x6000–0x8fff | stack at entry |
+//! | 0x9000–0xefff | page tables at entry |
+//! | 0xf000 | free RAM from here; there is no firmware, no VGA hole |
+//! | 0x10_0000 | flat payloads |
+//! | 0xc000_0000–0xffff_ffff | no RAM; I/O APIC, local APICs, KVM's own pages |
+//! | 0x1_0000_0000 | the RAM that has no place below |
+
+use std::ops::Range;
+
+use blackout_abi::guest;
+
+use super::Error;
+use crate::arch::Serial;
+use crate::memory::PAGE_SIZE;
+
+/// COM1.
+pub const SERIAL: Serial = Serial {
+    base: 0x3f8,
+    size: 8,
+    pio: true,
+    gsi: 4,
+};
+
+/// The GDT that the segments at entry come from.
+pub(super) const GDT: u64 = 0x1000;
+/// `rsp` at entry.
+pub(super) const STACK_TOP: u64 = 0x9000;
+/// The page tables at entry: PML4, PDPT, then one page directory for each of 4 GiB.
+pub(super) const PAGE_TABLES: u64 = 0x9000;
+/// What the monitor writes before the first instruction. No payload may lie here.
+pub(super) const RESERVED: Range<u64> = GDT..0xf000;
+/// Where a flat binary goes.
+pub(super) const FLAT_PAYLOAD: u64 = 0x10_0000;
+/// `KVM_SET_IDENTITY_MAP_ADDR`: one page.
+pub(super) const KVM_IDENTITY_MAP: u64 = 0xfffb_c000;
+/// `KVM_SET_TSS_ADDR`: three pages.
+pub(super) const KVM_TSS: u64 = 0xfffb_d000;
+
+/// RAM ends here below 4 GiB.
+const HOLE: u64 = 0xc000_0000;
+/// RAM goes on here.
+const HIGH: u64 = 1 << 32;
+const MIN_RAM: u64 = 2 << 20;
+const MAX_RAM: u64 = 64 << 30;
+
+const _: () = assert!(guest::X86_64_RAM_BASE == 0);
+const _: () = assert!(RESERVED.start <= guest::X86_64_BOOT_PAGE);
+const _: () = assert!(guest::X86_64_BOOT_PAGE + guest::SHARED_PAGE_OFFSET + PAGE_SIZE < STACK_TOP);
+
+/// The regions of `size` bytes of RAM, as guest-physical address and size.
+///
+/// # Errors
+/// When a machine can't have that much.
+pub fn ram_layout(size: u64) -> Result<Vec<(u64, u64)>, Error> {
+    if !(MIN_RAM..=MAX_RAM).contains(&size) || !size.is_multiple_of(PAGE_SIZE) {
+        return Err(Error::RamSize(size));
+    }
+    let mut regions = vec![(guest::X86_64_RAM_BASE, size.min(HOLE))];
+    if size > HOLE {
+        regions.push((HIGH, size - HOLE));
+    }
+    Ok(regions)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn ram_leaves_out_the_hole_below_4_gib() {
+        let rows: &[(u64, &[(u64, u64)])] = &[
+            (MIN_RAM, &[(0, MIN_RAM)]),
+            (HOLE, &[(0, HOLE)]),
+            (HOLE + 0x1000, &[(0, HOLE), (HIGH, 0x1000)]),
+            (4 << 30, &[(0, HOLE), (HIGH, 1 << 30)]),
+        ];
+        for &(size, regions) in rows {
+            assert_eq!(ram_layout(size).unwrap(), regions, "{size:#x}");
+        }
+    }
+
+    #[test]
+    fn a_size_that_no_machine_has_is_refused() {
+        for size in [0, 0x1000, MIN_RAM + 1, MAX_RAM + 0x1000, u64::MAX] {
+            assert!(ram_layout(size).is_err(), "{size:#x}");
+        }
+    }
+}
