@@ -8,6 +8,7 @@ pub mod machine;
 pub mod memory;
 pub mod payload;
 pub mod probes;
+pub mod qmp;
 pub mod runstate;
 pub mod spanlog;
 pub mod vcpu;

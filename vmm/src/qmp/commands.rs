@@ -1,0 +1,234 @@
+//! [1] The verbs: one function each, and the table that finds them.
+
+use std::ffi::CStr;
+
+use serde_json::{Value, json};
+
+use super::arguments::Arguments;
+use super::wire::{self, Error};
+use crate::runstate::RunState;
+
+/// What the verbs ask of the monitor behind them.
+///
+/// There is one real implementation, [`Monitor`](super::monitor::Monitor). The trait is here so
+/// that everything a client can send is tested without KVM.
+pub trait Backend: Send + Sync {
+    /// The VM's name, if it was given one.
+    fn name(&self) -> Option<&str>;
+
+    /// The VM's run state.
+    fn run_state(&self) -> RunState;
+
+    /// Looks at the run state and does what `decide` makes of it, as one step: nothing can change
+    /// the state in between.
+    ///
+    /// # Errors
+    /// `decide`'s, or why the VM can't be started or stopped.
+    fn change(&self, decide: fn(RunState) -> Result<Change, Error>) -> Result<(), Error>;
+
+    /// Starts an outgoing migration to `uri`; returns once it is under way or could not be begun.
+    ///
+    /// # Errors
+    /// Why it could not.
+    fn migrate(&self, uri: &str) -> Result<(), Error>;
+
+    /// Listens on `uri` for an incoming migration.
+    ///
+    /// # Errors
+    /// Why it can't.
+    fn migrate_incoming(&self, uri: &str) -> Result<(), Error>;
+
+    /// Gives up the outgoing migration that is under way, if there is one.
+    fn migrate_cancel(&self);
+
+    /// The last migration as QEMU's `MigrationInfo`, with the breakdown of its downtime.
+    fn query_migrate(&self) -> Value;
+
+    /// Ends the process, soon.
+    fn quit(&self);
+}
+
+/// What `stop` and `cont` make of a run state.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Change {
+    /// Leave it as it is.
+    Nothing,
+    /// Start the vCPUs.
+    Start,
+    /// Stop them; the VM is paused then.
+    Stop,
+    /// Run, or don't, once the migration that is coming in is complete.
+    Autostart(bool),
+}
+
+/// What a verb may use: the monitor, and what is to happen after its answer.
+pub(super) struct Context<'a> {
+    /// The monitor.
+    pub backend: &'a dyn Backend,
+    /// Set by `quit`: the process ends once the answer is on its way.
+    pub quit: bool,
+}
+
+/// A verb.
+pub(super) struct Verb {
+    /// Its name, as its probe carries it.
+    pub name: &'static CStr,
+    /// Checks the arguments and runs it.
+    pub run: fn(&mut Context<'_>, Arguments) -> Result<Value, Error>,
+}
+
+/// Every verb, in alphabetical order.
+pub(super) const VERBS: &[Verb] = &[
+    verb(c"cont", cont),
+    verb(c"migrate", migrate),
+    verb(c"migrate-incoming", migrate_incoming),
+    verb(c"migrate_cancel", migrate_cancel),
+    verb(c"qmp_capabilities", qmp_capabilities),
+    verb(c"query-commands", query_commands),
+    verb(c"query-kvm", query_kvm),
+    verb(c"query-migrate", query_migrate),
+    verb(c"query-name", query_name),
+    verb(c"query-status", query_status),
+    verb(c"query-target", query_target),
+    verb(c"query-version", query_version),
+    verb(c"quit", quit),
+    verb(c"stop", stop),
+];
+
+/// The verb called `name`.
+///
+/// # Errors
+/// When there is none.
+pub(super) fn find(name: String) -> Result<&'static Verb, Error> {
+    let verb = VERBS
+        .iter()
+        .find(|verb| verb.name.to_bytes() == name.as_bytes());
+    verb.ok_or(Error::NotFound(name))
+}
+
+/// The name that every client says first; the session sees to its meaning.
+pub(super) const QMP_CAPABILITIES: &str = "qmp_capabilities";
+
+const fn verb(
+    name: &'static CStr,
+    run: fn(&mut Context<'_>, Arguments) -> Result<Value, Error>,
+) -> Verb {
+    Verb { name, run }
+}
+
+type Answer = Result<Value, Error>;
+
+/// What a verb without a result returns.
+fn done() -> Answer {
+    Ok(json!({}))
+}
+
+fn qmp_capabilities(_: &mut Context<'_>, mut arguments: Arguments) -> Answer {
+    let enable = arguments.strings("enable")?;
+    arguments.finish()?;
+    match enable.into_iter().next() {
+        Some(capability) => Err(Error::NoCapability(capability)),
+        None => done(),
+    }
+}
+
+fn query_version(_: &mut Context<'_>, arguments: Arguments) -> Answer {
+    arguments.finish()?;
+    Ok(wire::version())
+}
+
+fn query_commands(_: &mut Context<'_>, arguments: Arguments) -> Answer {
+    arguments.finish()?;
+    let names = VERBS.iter().map(|verb| verb.name.to_string_lossy());
+    Ok(names.map(|name| json!({ "name": name })).collect())
+}
+
+fn query_kvm(_: &mut Context<'_>, arguments: Arguments) -> Answer {
+    arguments.finish()?;
+    Ok(json!({ "enabled": true, "present": true }))
+}
+
+fn query_name(context: &mut Context<'_>, arguments: Arguments) -> Answer {
+    arguments.finish()?;
+    match context.backend.name() {
+        Some(name) => Ok(json!({ "name": name })),
+        None => done(),
+    }
+}
+
+fn query_target(_: &mut Context<'_>, arguments: Arguments) -> Answer {
+    arguments.finish()?;
+    Ok(json!({ "arch": std::env::consts::ARCH }))
+}
+
+fn query_status(context: &mut Context<'_>, arguments: Arguments) -> Answer {
+    arguments.finish()?;
+    let state = context.backend.run_state();
+    Ok(json!({ "status": state.name(), "running": state.is_running() }))
+}
+
+fn stop(context: &mut Context<'_>, arguments: Arguments) -> Answer {
+    arguments.finish()?;
+    context.backend.change(|state| {
+        Ok(match state {
+            RunState::Running => Change::Stop,
+            RunState::Inmigrate => Change::Autostart(false),
+            _ => Change::Nothing,
+        })
+    })?;
+    done()
+}
+
+fn cont(context: &mut Context<'_>, arguments: Arguments) -> Answer {
+    arguments.finish()?;
+    context.backend.change(|state| match state {
+        RunState::Running => Ok(Change::Nothing),
+        RunState::Inmigrate => Ok(Change::Autostart(true)),
+        RunState::Prelaunch | RunState::Paused | RunState::Postmigrate => Ok(Change::Start),
+        RunState::FinishMigrate => Err(Error::State("Migration is not finalized yet")),
+        RunState::Shutdown | RunState::InternalError => {
+            Err(Error::State("Resetting the Virtual Machine is required"))
+        }
+    })?;
+    done()
+}
+
+fn quit(context: &mut Context<'_>, arguments: Arguments) -> Answer {
+    arguments.finish()?;
+    context.quit = true;
+    done()
+}
+
+fn migrate(context: &mut Context<'_>, mut arguments: Arguments) -> Answer {
+    let uri = arguments.string("uri")?;
+    // QEMU's QMP takes `detach` and ignores it: a migration is always in the background.
+    arguments.flag("detach")?;
+    let resume = arguments.flag("resume")?;
+    arguments.finish()?;
+    if resume {
+        // What can be resumed is a postcopy that lost its connection.
+        return Err(Error::State(
+            "Cannot resume if there is no paused migration",
+        ));
+    }
+    context.backend.migrate(&uri)?;
+    done()
+}
+
+fn migrate_incoming(context: &mut Context<'_>, mut arguments: Arguments) -> Answer {
+    let uri = arguments.string("uri")?;
+    arguments.finish()?;
+    context.backend.migrate_incoming(&uri)?;
+    done()
+}
+
+fn migrate_cancel(context: &mut Context<'_>, arguments: Arguments) -> Answer {
+    arguments.finish()?;
+    context.backend.migrate_cancel();
+    done()
+}
+
+fn query_migrate(context: &mut Context<'_>, arguments: Arguments) -> Answer {
+    arguments.finish()?;
+    Ok(context.backend.query_migrate())
+}
