@@ -207,6 +207,8 @@ macro_rules! probe_table {
                 "a control message was read from the migration channel";
             point 8 clock_sample(t1: u64 = "request sent, source clock, ns", t2: u64 = "request received, destination clock, ns", t3: u64 = "answer sent, destination clock, ns", t4: u64 = "answer received, source clock, ns")
                 "one two-way reading of both clocks, as NTP does; fires on the source";
+            point 7 its_mapped(its: u64 = "which ITS", devices: u64 = "devices that it maps", events: u64 = "events that it maps")
+                "what an ITS maps, counted in the tables that it saved; fires while the migration lasts, but outside the downtime";
         }
     };
 }

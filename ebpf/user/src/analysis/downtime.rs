@@ -96,6 +96,9 @@ pub struct Gap {
     pub after: String,
     /// What begins where it ends.
     pub before: String,
+    /// The innermost span that was open for at least half of it, whose own work it then is;
+    /// `None` between spans.
+    pub within: Option<String>,
 }
 
 impl Gap {
@@ -267,32 +270,34 @@ fn explain(
     let mut covers: Vec<_> = spans.chain(segments).filter(inside).collect();
     covers.sort_by_key(|cover| (cover.start_ns, cover.end_ns));
 
+    let gap = |start_ns, end_ns, after: &str, before: String| {
+        let within = within(source, destination, (start_ns, end_ns));
+        Gap {
+            start_ns,
+            end_ns,
+            after: after.to_owned(),
+            before,
+            within,
+        }
+    };
     let mut gaps = Vec::new();
     let mut until = bounds.start_ns;
     let mut after = format!("migration_stop_vm began ({})", Side::Source);
     for cover in covers {
         if cover.start_ns > until {
-            let (start_ns, end_ns) = (until, cover.start_ns);
-            let after = after.clone();
-            gaps.push(Gap {
-                start_ns,
-                end_ns,
-                after,
-                before: cover.name.clone(),
-            });
+            gaps.push(gap(until, cover.start_ns, &after, cover.name.clone()));
         }
         if cover.end_ns > until {
             (until, after) = (cover.end_ns, cover.name);
         }
     }
     if until < bounds.end_ns {
-        let before = format!("KVM_RUN ({})", bounds.resumed);
-        gaps.push(Gap {
-            start_ns: until,
-            end_ns: bounds.end_ns,
-            after,
-            before,
-        });
+        gaps.push(gap(
+            until,
+            bounds.end_ns,
+            &after,
+            format!("KVM_RUN ({})", bounds.resumed),
+        ));
     }
     let unexplained = gaps
         .iter()
@@ -300,6 +305,35 @@ fn explain(
     let whole = bounds.duration_ns();
     let explained = (whole > 0).then(|| 1.0 - unexplained as f64 / whole as f64);
     (explained, gaps)
+}
+
+/// The innermost span of either side that was at work for at least half of the gap. Not for all of
+/// it: a gap that lies in a span begins where something before that span ended.
+fn within(
+    source: &Party<'_>,
+    destination: Option<&Party<'_>>,
+    (start_ns, end_ns): (i64, i64),
+) -> Option<String> {
+    let around = |party: &Party<'_>| {
+        let side = party.side;
+        let spans = party.spans.iter().filter(|span| {
+            let works = !span.what.meaning.wait && !WHOLES.contains(&span.what.name());
+            let inside = length(span.start_ns.max(start_ns), span.end_ns.min(end_ns));
+            works && inside >= length(start_ns, end_ns).div_ceil(2)
+        });
+        let innermost = spans.min_by_key(|span| span.duration_ns())?;
+        Some((
+            innermost.duration_ns(),
+            format!("{} ({side})", describe::span(innermost.what)),
+        ))
+    };
+    let sides = [Some(source), destination];
+    sides
+        .into_iter()
+        .flatten()
+        .filter_map(around)
+        .min()
+        .map(|(_, name)| name)
 }
 
 fn span_cover(side: Side, span: &Placed<'_, Span>) -> Cover {

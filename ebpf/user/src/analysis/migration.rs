@@ -4,7 +4,12 @@
 //! with the same id. One recording may hold both sides or one, and many migrations: back and forth
 //! between processes, failed ones, ones that the recording cuts.
 
+use std::cmp::Reverse;
+use std::collections::{BTreeMap, HashSet};
+use std::iter::successors;
+
 use super::clock::{self, Clock};
+use super::describe;
 use super::downtime::{self, Downtime};
 use super::its::{self, ItsOp};
 use super::load::{Loaded, Process};
@@ -63,14 +68,7 @@ impl<'a> Migration<'a> {
             doubts.push(format!("{} events were lost", self.lost_events));
         }
         for party in self.parties() {
-            doubts.extend(party.problems.iter().map(|problem| match problem {
-                Problem::Unfinished { name, .. } => {
-                    format!("{name} ({}) began, its end was not seen", party.side)
-                }
-                Problem::EndWithoutBegin { name, .. } => {
-                    format!("{name} ({}) ended, its begin was not seen", party.side)
-                }
-            }));
+            doubts.extend(unpaired(party));
             if let Ending::Cut { offset } = party.recording.ending {
                 let name = &party.recording.name;
                 doubts.push(format!("recording {name} is cut at byte {offset}"));
@@ -82,7 +80,9 @@ impl<'a> Migration<'a> {
                 ));
             }
         }
-        doubts.dedup();
+        // Both sides may be from one recording.
+        let mut said = HashSet::new();
+        doubts.retain(|doubt| said.insert(doubt.clone()));
         doubts
     }
 }
@@ -300,19 +300,48 @@ fn lost(end: Option<End<'_>>, next_ns: u64) -> u64 {
     lost.fold(0, |sum, (_, count)| sum.saturating_add(*count))
 }
 
-/// The failure that came first on this side, where it is deepest: its cause.
+/// What of a side's probes does not pair, a sentence for each way in which they do not.
+fn unpaired(party: &Party<'_>) -> Vec<String> {
+    let (mut open, mut closed) = (BTreeMap::new(), BTreeMap::new());
+    for problem in &party.problems {
+        match problem {
+            Problem::Unfinished { name, .. } => *open.entry(name).or_insert(0u64) += 1,
+            Problem::EndWithoutBegin { name, .. } => *closed.entry(name).or_insert(0u64) += 1,
+        }
+    }
+    let named = |(name, count): (&String, u64)| match count {
+        1 => name.clone(),
+        _ => format!("{name} × {count}"),
+    };
+    [("end", open), ("begin", closed)]
+        .into_iter()
+        .filter(|(_, names)| !names.is_empty())
+        .map(|(edge, names)| {
+            let names: Vec<_> = names.into_iter().map(named).collect();
+            format!("{}: no {edge} was seen of {}", party.side, names.join(", "))
+        })
+        .collect()
+}
+
+/// The failure that came first on this side, where it is deepest: its cause. It is told with the
+/// handler or device that it happened in, which is what a person knows by name.
 fn first_failure(party: &Party<'_>) -> Option<String> {
     let failed = |span: &&Placed<'_, Span>| span.what.rc().is_some_and(|rc| rc < 0);
+    let deepest_first = |span: &&Placed<'_, Span>| (span.end_ns, Reverse(span.what.depth));
     let first = party
         .spans
         .iter()
         .filter(failed)
-        .min_by_key(|span| span.end_ns)?;
-    let rc = first.what.rc()?;
-    let name = super::describe::span(first.what);
-    Some(format!(
-        "{name} ({}): {}",
-        party.side,
-        super::describe::errno(rc)
-    ))
+        .min_by_key(deepest_first)?;
+    let (side, errno) = (party.side, describe::errno(first.what.rc()?));
+    let thread = party.process.threads.get(&first.tid)?;
+    let around = |span: &&Span| thread.spans.get(span.parent?);
+    let named = successors(Some(first.what), around).find(|span| span.begin.str("name").is_some());
+    let cause = describe::span(first.what);
+    Some(
+        match named.map(describe::span).filter(|named| *named != cause) {
+            Some(named) => format!("{named}, {cause} ({side}): {errno}"),
+            None => format!("{cause} ({side}): {errno}"),
+        },
+    )
 }

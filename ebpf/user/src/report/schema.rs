@@ -135,6 +135,9 @@ pub struct Gap {
     /// What begins where it ends.
     #[serde(default)]
     pub before: String,
+    /// The innermost span around it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub within: Option<String>,
 }
 
 /// One vCPU's blackout.
@@ -175,6 +178,7 @@ impl Migration {
             duration_ns: gap.duration_ns(),
             after: gap.after.clone(),
             before: gap.before.clone(),
+            within: gap.within.clone(),
         });
         let vcpus = downtime.vcpus.iter().map(|vcpu| Vcpu {
             index: vcpu.index,

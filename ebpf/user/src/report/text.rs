@@ -3,6 +3,7 @@
 //! Lines are at most [`WIDTH`] columns wide. Colours are always written; the caller's stream drops
 //! them where they do not belong.
 
+use std::cmp::Reverse;
 use std::io::{self, Write};
 
 use anstyle::{AnsiColor, Style};
@@ -11,7 +12,6 @@ use super::tree::{self, Row, Tone};
 use super::units::{cut, percent, time};
 use crate::analysis::clock::Basis;
 use crate::analysis::describe::{self, printable};
-use crate::analysis::downtime::Gap;
 use crate::analysis::{Loaded, Migration, Party, Side};
 use crate::recording::Ending;
 
@@ -20,6 +20,9 @@ pub const WIDTH: usize = 80;
 
 /// Columns of what a line of the tree is about; time, share and result follow.
 const NAME: usize = 48;
+
+/// So many gaps are listed one by one.
+const GAPS: usize = 5;
 
 const TITLE: Style = Style::new().bold();
 const QUIET: Style = Style::new().dimmed();
@@ -165,14 +168,16 @@ fn tables(out: &mut impl Write, migration: &Migration<'_>) -> io::Result<()> {
             out,
             "{:38} {:>10} {kernel:>10} {:>8} {:>10}",
             cut(&name, 38),
-            time(operation.duration_ns),
+            operation
+                .rc
+                .map_or_else(|| "unfinished".to_owned(), |_| time(operation.duration_ns)),
             count(operation.devices),
             count(operation.events),
         )?;
         if let (Some(_), Some(inner)) = (operation.ioctl_ns, operation.function_ns) {
             writeln!(
                 out,
-                "{QUIET}  inside the ioctl {:>43}{QUIET:#}",
+                "{QUIET}  inside the ioctl {:>41}{QUIET:#}",
                 time(inner)
             )?;
         }
@@ -230,7 +235,7 @@ fn figures(out: &mut impl Write, migration: &Migration<'_>) -> io::Result<()> {
             "of the downtime is in named spans",
         )?;
     }
-    gaps(out, &downtime.gaps)?;
+    gaps(out, migration)?;
     clock(out, migration)?;
     let lost = migration.lost_events;
     figure(
@@ -255,27 +260,45 @@ fn figure(out: &mut impl Write, name: &str, value: &str, what: &str) -> io::Resu
     writeln!(out, "{name:10} {FIGURE}{value:>12}{FIGURE:#}{end}{what}")
 }
 
-/// The largest gap with its place; the others are counted.
-fn gaps(out: &mut impl Write, gaps: &[Gap]) -> io::Result<()> {
-    let Some(largest) = gaps.iter().max_by_key(|gap| gap.duration_ns()) else {
+/// The gaps, the largest first, each with its place. Those that fit no more are counted.
+fn gaps(out: &mut impl Write, migration: &Migration<'_>) -> io::Result<()> {
+    let Some(bounds) = migration.downtime.bounds else {
         return Ok(());
     };
-    let of = if gaps.len() > 1 {
-        format!("the largest of {}", gaps.len())
-    } else {
-        String::new()
-    };
-    figure(out, "gap", &time(largest.duration_ns()), &of)?;
-    writeln!(
-        out,
-        "{}",
-        cut(&format!("{:25}after  {}", "", largest.after), WIDTH)
-    )?;
-    writeln!(
-        out,
-        "{}",
-        cut(&format!("{:25}before {}", "", largest.before), WIDTH)
-    )
+    let mut gaps: Vec<_> = migration.downtime.gaps.iter().collect();
+    gaps.sort_by_key(|gap| Reverse(gap.duration_ns()));
+    let (shown, rest) = gaps.split_at(gaps.len().min(GAPS));
+    for (index, gap) in shown.iter().enumerate() {
+        let (name, took) = (
+            if index == 0 { "gaps" } else { "" },
+            time(gap.duration_ns()),
+        );
+        let share = percent(bounds.share(gap.start_ns, gap.end_ns));
+        let after = format!("after {}", gap.after);
+        let within = gap.within.as_ref().map(|within| format!("in {within}"));
+        let place = within.clone().unwrap_or_else(|| after.clone());
+        writeln!(
+            out,
+            "{name:10} {FIGURE}{took:>12}{FIGURE:#}  {share:>6} {}",
+            cut(&place, 48)
+        )?;
+        // The largest one's place is told in full.
+        let more = within
+            .map(|_| after)
+            .into_iter()
+            .chain([format!("before {}", gap.before)]);
+        for line in more.filter(|_| index == 0) {
+            writeln!(out, "{:32}{}", "", cut(&line, 48))?;
+        }
+    }
+    if !rest.is_empty() {
+        let sum = rest
+            .iter()
+            .fold(0u64, |sum, gap| sum.saturating_add(gap.duration_ns()));
+        let what = format!("in {} smaller gaps; --json lists them", rest.len());
+        figure(out, "", &time(sum), &what)?;
+    }
+    Ok(())
 }
 
 fn clock(out: &mut impl Write, migration: &Migration<'_>) -> io::Result<()> {

@@ -129,7 +129,7 @@ fn kernel_row(ioctls: &[Placed<'_, Ioctl>], depth: usize, bounds: Option<Bounds>
     let worst = ioctls.iter().map(|ioctl| ioctl.what.ret).min()?;
     Some(Row {
         depth,
-        text: format!("kernel: {name}{times}"),
+        text: format!("ioctl {name}{times}"),
         took_ns: took(ioctls),
         share: share(ioctls, bounds),
         result: describe::errno(worst),

@@ -1,0 +1,162 @@
+//! The report as text and as JSON.
+
+use blackout::analysis::{self, Loaded};
+use blackout::recording::Reader;
+use blackout::report::schema::Report;
+use blackout::report::text;
+
+use crate::tape::Tape;
+use crate::{check, scenarios};
+
+fn load(name: &str, bytes: &[u8]) -> Loaded {
+    Loaded::read(name.into(), Reader::new(name.into(), bytes).unwrap()).unwrap()
+}
+
+fn golden(name: &str, tapes: &[Tape]) -> Report {
+    let recordings: Vec<_> = tapes
+        .iter()
+        .map(|tape| load("blackout.rec", &tape.bytes()))
+        .collect();
+    outputs(name, &recordings)
+}
+
+fn outputs(name: &str, recordings: &[Loaded]) -> Report {
+    let migrations = analysis::find(recordings);
+    let mut plain = anstream::StripStream::new(Vec::new());
+    text::write(&mut plain, recordings, &migrations).unwrap();
+    let plain = plain.into_inner();
+    for line in String::from_utf8(plain.clone()).unwrap().lines() {
+        let columns = line.chars().count();
+        assert!(columns <= text::WIDTH, "{columns} columns: {line}");
+        assert_eq!(line.trim_end(), line);
+    }
+    check(&format!("{name}.txt"), &plain);
+
+    let report = Report::new(&migrations);
+    let mut json = serde_json::to_string_pretty(&report).unwrap();
+    json.push('\n');
+    check(&format!("{name}.json"), json.as_bytes());
+    assert_eq!(serde_json::from_str::<Report>(&json).unwrap(), report);
+    report
+}
+
+#[test]
+fn a_completed_migration() {
+    let report = golden("completed", &[scenarios::completed()]);
+    let [migration] = &report.migrations[..] else {
+        panic!("{} migrations", report.migrations.len())
+    };
+    assert_eq!(migration.status, "completed");
+    assert!(migration.explained.unwrap() > 0.9);
+    assert!(migration.blackout_ns.unwrap() < migration.downtime_ns.unwrap());
+    assert_eq!(migration.doubts, [""; 0]);
+}
+
+#[test]
+fn there_and_back_again() {
+    let report = golden("back_and_forth", &[scenarios::back_and_forth()]);
+    let ids: Vec<_> = report
+        .migrations
+        .iter()
+        .map(|migration| migration.id)
+        .collect();
+    assert_eq!(ids, [Some(7), Some(8)]);
+    let [there, back] = &report.migrations[..] else {
+        panic!("not two")
+    };
+    assert_eq!(there.downtime_ns, back.downtime_ns);
+    assert_eq!(there.gaps, back.gaps);
+}
+
+#[test]
+fn a_refused_connection() {
+    let report = golden("refused", &[scenarios::refused()]);
+    let migration = &report.migrations[0];
+    assert_eq!(migration.downtime_ns, None);
+    assert_eq!(
+        migration.error.as_deref(),
+        Some("migration_connect (source): ECONNREFUSED")
+    );
+}
+
+#[test]
+fn an_its_save_that_fails() {
+    let report = golden("its_save_fails", &[scenarios::its_save_fails()]);
+    let migration = &report.migrations[0];
+    assert_eq!(migration.status, "failed");
+    let error = migration.error.as_deref();
+    assert_eq!(
+        error,
+        Some("vm_state_handler its main, kvm_device_access (source): EFAULT")
+    );
+    assert!(
+        migration.downtime_ns.is_some(),
+        "the guest stood still until the source went on"
+    );
+}
+
+#[test]
+fn a_lossy_recording_says_so() {
+    let report = golden("lossy", &[scenarios::lossy()]);
+    let migration = &report.migrations[0];
+    assert_eq!(migration.lost_events, 3);
+    assert!(
+        migration
+            .doubts
+            .iter()
+            .any(|doubt| doubt == "source: no end was seen of drain")
+    );
+    assert!(
+        migration
+            .doubts
+            .iter()
+            .any(|doubt| doubt == "destination: no begin was seen of ram_load × 6")
+    );
+}
+
+#[test]
+fn either_side_alone() {
+    let source = golden(
+        "source_only",
+        &[scenarios::completed().only(scenarios::SOURCE)],
+    );
+    assert_eq!(source.migrations[0].id, Some(7));
+    assert_eq!(source.migrations[0].downtime_ns, None);
+    let alone = scenarios::completed().only(scenarios::DESTINATION);
+    let destination = golden("destination_only", &[alone]);
+    assert_eq!(destination.migrations[0].id, Some(7));
+    assert_eq!(destination.migrations[0].downtime_ns, None);
+}
+
+#[test]
+fn two_hosts_read_as_one() {
+    let two = golden("two_hosts", &scenarios::two_hosts());
+    let recordings = [load("blackout.rec", &scenarios::completed().bytes())];
+    let one = Report::new(&analysis::find(&recordings));
+    let (two, one) = (&two.migrations[0], &one.migrations[0]);
+    let error = two.downtime_ns.unwrap().abs_diff(one.downtime_ns.unwrap());
+    assert!(error > 0 && error <= two.clock_error_ns.unwrap());
+    assert_eq!(
+        (two.clock_error_ns, one.clock_error_ns),
+        (Some(10_000), Some(0))
+    );
+}
+
+#[test]
+fn a_cut_recording_is_read_to_the_cut() {
+    let bytes = scenarios::completed().bytes();
+    let cut = bytes.get(..bytes.len() * 3 / 4).unwrap();
+    let report = outputs("cut", &[load("blackout.rec", cut)]);
+    assert_eq!(report.migrations[0].status, "unfinished");
+    assert!(
+        report.migrations[0]
+            .doubts
+            .iter()
+            .any(|doubt| doubt.contains("is cut at byte"))
+    );
+}
+
+#[test]
+fn an_empty_recording() {
+    golden("empty", &[Tape::new("testbed")]);
+}
