@@ -6,6 +6,7 @@ pub mod devices;
 pub mod kvm;
 pub mod machine;
 pub mod memory;
+pub mod migration;
 pub mod payload;
 pub mod probes;
 pub mod qmp;

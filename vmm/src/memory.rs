@@ -9,6 +9,7 @@ use std::fs::File;
 use std::io;
 use std::sync::Arc;
 
+use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use vm_memory::mmap::FromRangesError;
 use vm_memory::{
@@ -49,6 +50,9 @@ pub enum Error {
         /// What vm-memory said.
         source: GuestMemoryError,
     },
+    /// Pages could not be given back to the kernel.
+    #[error("zeroing {1} bytes at guest-physical {0:#x}")]
+    Zero(u64, u64, #[source] io::Error),
     /// A slot or its log.
     #[error(transparent)]
     Kvm(#[from] kvm::Error),
@@ -58,7 +62,7 @@ impl Errno for Error {
     fn errno(&self) -> i32 {
         match self {
             Error::Layout { .. } => libc::EINVAL,
-            Error::Memfd(_, source) => source.errno(),
+            Error::Memfd(_, source) | Error::Zero(_, _, source) => source.errno(),
             Error::Map(_) => libc::ENOMEM,
             Error::Access { .. } => libc::EFAULT,
             Error::Kvm(source) => source.errno(),
@@ -187,6 +191,25 @@ impl GuestRam {
             .map_err(|source| Error::Access { gpa, len, source })
     }
 
+    /// Zeroes whole pages by giving them back to the kernel, so that a page that was never written
+    /// on the other side of a migration costs no memory here either.
+    pub fn zero(&self, run: PageRun) -> Result<(), Error> {
+        let (mut gpa, mut left) = (run.gpa, run.pages.saturating_mul(PAGE_SIZE));
+        while left > 0 {
+            let at = GuestAddress(gpa);
+            let Some((region, offset)) = self.mem.to_region_addr(at) else {
+                let source = GuestMemoryError::InvalidGuestAddress(at);
+                let len = usize::try_from(left).unwrap_or(usize::MAX);
+                return Err(Error::Access { gpa, len, source });
+            };
+            let len = left.min(region.len() - offset.0);
+            punch(region.file_offset(), offset.0, len)
+                .map_err(|source| Error::Zero(gpa, len, source))?;
+            (gpa, left) = (gpa.wrapping_add(len), left - len);
+        }
+        Ok(())
+    }
+
     /// CRC-32C of all RAM in address order. Means something only while no vCPU runs.
     pub fn checksum(&self) -> Result<u32, Error> {
         let mut sum = 0;
@@ -208,6 +231,16 @@ fn memfd(size: u64) -> io::Result<Arc<File>> {
     let file = File::from(memfd_create(c"blackout-ram", MFdFlags::MFD_CLOEXEC)?);
     file.set_len(size)?;
     Ok(Arc::new(file))
+}
+
+fn punch(file: Option<&FileOffset>, offset: u64, len: u64) -> io::Result<()> {
+    let file = file.ok_or(io::ErrorKind::Unsupported)?;
+    let [start, len] = [file.start() + offset, len].map(libc::off_t::try_from);
+    let (Ok(start), Ok(len)) = (start, len) else {
+        return Err(io::ErrorKind::InvalidInput.into());
+    };
+    let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
+    Ok(fallocate(file.file(), flags, start, len)?)
 }
 
 /// Appends the runs of set bits of one slot's bitmap; bits past `pages` are ignored.
@@ -276,6 +309,26 @@ mod tests {
             all[0x1ffc..0x2000].copy_from_slice(&word);
             crc32c::crc32c(&all)
         });
+    }
+
+    #[test]
+    fn zeroed_pages_read_as_zero_and_hold_no_memory() {
+        let ram = GuestRam::new(&[(0, 0x2000), (0x2000, 0x2000)]).unwrap();
+        ram.write(0, &[0xff; 0x4000]).unwrap();
+        ram.zero(PageRun {
+            gpa: 0x1000,
+            pages: 2,
+        })
+        .unwrap();
+        let mut all = [0; 0x4000];
+        ram.read(0, &mut all).unwrap();
+        let kept = [[0xff; 0x1000], [0; 0x1000], [0; 0x1000], [0xff; 0x1000]];
+        assert_eq!(all, *kept.as_flattened());
+        let outside = ram.zero(PageRun {
+            gpa: 0x3000,
+            pages: 2,
+        });
+        assert_eq!(outside.unwrap_err().errno(), libc::EFAULT);
     }
 
     #[test]

@@ -1,0 +1,230 @@
+//! Where a migration goes to or comes from: the URIs of `migrate` and `migrate-incoming`.
+
+use std::fmt;
+use std::path::PathBuf;
+
+use crate::probes::Errno;
+
+/// The longest path that a unix socket's address can hold on Linux, without its NUL.
+const UNIX_PATH_MAX: usize = 107;
+
+/// An address that a migration can connect to or listen on.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Uri {
+    /// `tcp:HOST:PORT`, an IPv6 address in brackets. With no host it means every local address,
+    /// which only a listener can use.
+    Tcp {
+        /// A name or an address.
+        host: String,
+        /// The port; a listener on port 0 gets one from the kernel.
+        port: u16,
+    },
+    /// `unix:PATH`.
+    Unix(PathBuf),
+}
+
+/// What `migrate-incoming` and `--incoming` take: an address, or the wish to be told later.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Incoming {
+    /// `defer`: wait for `migrate-incoming`.
+    Defer,
+    /// Listen there.
+    Listen(Uri),
+}
+
+/// A URI that names no transport this monitor has.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("migration URI '{uri}': {problem}; use tcp:HOST:PORT or unix:PATH{}", if *incoming { ", or defer" } else { "" })]
+pub struct Error {
+    uri: String,
+    problem: Problem,
+    incoming: bool,
+}
+
+impl Errno for Error {
+    fn errno(&self) -> i32 {
+        libc::EINVAL
+    }
+}
+
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+enum Problem {
+    #[error("unknown transport")]
+    Transport,
+    #[error("there is no host")]
+    NoHost,
+    #[error("there is no port")]
+    NoPort,
+    #[error("the port is not a number from 0 to 65535")]
+    Port,
+    #[error("port 0 can't be connected to")]
+    PortZero,
+    #[error("the IPv6 address has no closing bracket")]
+    Bracket,
+    #[error("an IPv6 address must stand in brackets")]
+    BareIpv6,
+    #[error("there is no path")]
+    NoPath,
+    #[error("the path is longer than {UNIX_PATH_MAX} bytes")]
+    LongPath,
+    #[error("'defer' is for a destination")]
+    Defer,
+}
+
+impl Uri {
+    /// Parses the URI of an outgoing migration.
+    ///
+    /// # Errors
+    /// Says what is wrong with it and which forms there are.
+    pub fn outgoing(text: &str) -> Result<Uri, Error> {
+        let uri = match text {
+            "defer" => Err(Problem::Defer),
+            _ => parse(text),
+        };
+        let checked = uri.and_then(|uri| match &uri {
+            Uri::Tcp { host, .. } if host.is_empty() => Err(Problem::NoHost),
+            Uri::Tcp { port: 0, .. } => Err(Problem::PortZero),
+            _ => Ok(uri),
+        });
+        checked.map_err(|problem| Error {
+            uri: text.to_owned(),
+            problem,
+            incoming: false,
+        })
+    }
+}
+
+impl Incoming {
+    /// Parses the URI of an incoming migration.
+    ///
+    /// # Errors
+    /// Says what is wrong with it and which forms there are.
+    pub fn parse(text: &str) -> Result<Incoming, Error> {
+        if text == "defer" {
+            return Ok(Incoming::Defer);
+        }
+        let uri = parse(text).map(Incoming::Listen);
+        uri.map_err(|problem| Error {
+            uri: text.to_owned(),
+            problem,
+            incoming: true,
+        })
+    }
+}
+
+impl fmt::Display for Uri {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Uri::Tcp { host, port } if host.contains(':') => write!(f, "tcp:[{host}]:{port}"),
+            Uri::Tcp { host, port } => write!(f, "tcp:{host}:{port}"),
+            Uri::Unix(path) => write!(f, "unix:{}", path.display()),
+        }
+    }
+}
+
+fn parse(text: &str) -> Result<Uri, Problem> {
+    match text.split_once(':') {
+        Some(("tcp", address)) => tcp(address),
+        Some(("unix", "")) => Err(Problem::NoPath),
+        Some(("unix", path)) if path.len() > UNIX_PATH_MAX => Err(Problem::LongPath),
+        Some(("unix", path)) => Ok(Uri::Unix(path.into())),
+        _ => Err(Problem::Transport),
+    }
+}
+
+fn tcp(address: &str) -> Result<Uri, Problem> {
+    let (host, port) = match address.strip_prefix('[') {
+        Some(rest) => {
+            let (host, rest) = rest.split_once(']').ok_or(Problem::Bracket)?;
+            (host, rest.strip_prefix(':').ok_or(Problem::NoPort)?)
+        }
+        None => {
+            let (host, port) = address.rsplit_once(':').ok_or(Problem::NoPort)?;
+            if host.contains(':') {
+                return Err(Problem::BareIpv6);
+            }
+            (host, port)
+        }
+    };
+    if port.is_empty() {
+        return Err(Problem::NoPort);
+    }
+    let port = port.parse().map_err(|_| Problem::Port)?;
+    Ok(Uri::Tcp {
+        host: host.to_owned(),
+        port,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn tcp(host: &str, port: u16) -> Uri {
+        Uri::Tcp {
+            host: host.into(),
+            port,
+        }
+    }
+
+    #[test]
+    fn accepted_forms() {
+        assert_eq!(
+            Uri::outgoing("tcp:127.0.0.1:4444"),
+            Ok(tcp("127.0.0.1", 4444))
+        );
+        assert_eq!(
+            Uri::outgoing("tcp:host.example:1"),
+            Ok(tcp("host.example", 1))
+        );
+        assert_eq!(Uri::outgoing("tcp:[::1]:4444"), Ok(tcp("::1", 4444)));
+        assert_eq!(
+            Uri::outgoing("unix:/run/a:b"),
+            Ok(Uri::Unix("/run/a:b".into()))
+        );
+        assert_eq!(Incoming::parse("defer"), Ok(Incoming::Defer));
+        assert_eq!(Incoming::parse("tcp::0"), Ok(Incoming::Listen(tcp("", 0))));
+    }
+
+    #[test]
+    fn what_is_parsed_prints_as_it_was() {
+        for text in [
+            "tcp:127.0.0.1:4444",
+            "tcp:[::1]:4444",
+            "tcp:h:1",
+            "unix:/run/a",
+        ] {
+            assert_eq!(Uri::outgoing(text).unwrap().to_string(), text);
+        }
+    }
+
+    #[test]
+    fn an_error_names_the_uri_the_problem_and_the_forms() {
+        let cases = [
+            ("", "unknown transport"),
+            ("tcp", "unknown transport"),
+            ("rdma:host:1", "unknown transport"),
+            ("tcp:host", "there is no port"),
+            ("tcp:host:", "there is no port"),
+            ("tcp:[::1]", "there is no port"),
+            ("tcp:[::1:1", "the IPv6 address has no closing bracket"),
+            ("tcp:::1:1", "an IPv6 address must stand in brackets"),
+            ("tcp:host:65536", "the port is not a number from 0 to 65535"),
+            ("tcp:host:http", "the port is not a number from 0 to 65535"),
+            ("tcp:host:0", "port 0 can't be connected to"),
+            ("tcp::4444", "there is no host"),
+            ("unix:", "there is no path"),
+            ("defer", "'defer' is for a destination"),
+        ];
+        for (uri, problem) in cases {
+            assert_eq!(
+                Uri::outgoing(uri).unwrap_err().to_string(),
+                format!("migration URI '{uri}': {problem}; use tcp:HOST:PORT or unix:PATH")
+            );
+        }
+        let long = format!("unix:{}", "x".repeat(108));
+        assert!(Uri::outgoing(&long).is_err());
+        let error = Incoming::parse("exec:cat").unwrap_err().to_string();
+        assert!(error.ends_with("unix:PATH, or defer"), "{error}");
+    }
+}
