@@ -1,1 +1,119 @@
 //! The ioctls that only arm64 has.
+
+use kvm_bindings::{KVM_REG_SIZE_MASK, KVM_REG_SIZE_SHIFT, RegList, kvm_mp_state};
+
+use super::{Error, Result, Vcpu, Vm};
+
+pub use kvm_bindings::{kvm_vcpu_events as VcpuEvents, kvm_vcpu_init as VcpuInit};
+
+/// More registers than a vCPU has: some 570 in Linux 6.12.
+const REGISTERS_MAX: usize = 4096;
+
+/// Bytes of the register `id`, as the id itself says. None is longer than [`REGISTER_MAX`].
+pub fn register_size(id: u64) -> usize {
+    1 << ((id & KVM_REG_SIZE_MASK) >> KVM_REG_SIZE_SHIFT).min(8)
+}
+
+/// Bytes of the longest register that an id can name: 2048 bits.
+pub const REGISTER_MAX: usize = 256;
+
+impl Vm {
+    /// `KVM_CAP_MAX_VCPUS`: how many vCPUs a VM can have here.
+    pub fn max_vcpus(&self) -> u32 {
+        self.kvm.get_max_vcpus().try_into().unwrap_or(u32::MAX)
+    }
+
+    /// `KVM_ARM_PREFERRED_TARGET`: the vCPU model of this host, with no feature switched on.
+    pub fn preferred_target(&self) -> Result<VcpuInit> {
+        let mut init = VcpuInit::default();
+        self.fd
+            .get_preferred_target(&mut init)
+            .map_err(|e| Error::new("KVM_ARM_PREFERRED_TARGET", "", e))?;
+        Ok(init)
+    }
+}
+
+impl Vcpu {
+    /// `KVM_ARM_VCPU_INIT`: chooses model and features, and resets the vCPU.
+    pub fn init(&mut self, init: &VcpuInit) -> Result<()> {
+        self.fd
+            .vcpu_init(init)
+            .map_err(|e| self.error("KVM_ARM_VCPU_INIT", e))
+    }
+
+    /// `KVM_GET_REG_LIST`: the ids of all registers that make up this vCPU's state. Fixed once the
+    /// vCPU is initialised.
+    pub fn registers(&self) -> Result<Vec<u64>> {
+        let error = |errno| self.error("KVM_GET_REG_LIST", kvm_ioctls::Error::new(errno));
+        let mut list = RegList::new(REGISTERS_MAX).map_err(|_| error(libc::ENOMEM))?;
+        self.fd
+            .get_reg_list(&mut list)
+            .map_err(|e| error(e.errno()))?;
+        Ok(list.as_slice().to_vec())
+    }
+
+    /// `KVM_GET_ONE_REG`: reads the register `id` into the first [`register_size`] bytes of `value`.
+    pub fn register(&self, id: u64, value: &mut [u8]) -> Result<()> {
+        self.fd
+            .get_one_reg(id, value)
+            .map(drop)
+            .map_err(|e| self.register_error("KVM_GET_ONE_REG", id, e))
+    }
+
+    /// `KVM_SET_ONE_REG` with the first [`register_size`] bytes of `value`.
+    pub fn set_register(&self, id: u64, value: &[u8]) -> Result<()> {
+        self.fd
+            .set_one_reg(id, value)
+            .map(drop)
+            .map_err(|e| self.register_error("KVM_SET_ONE_REG", id, e))
+    }
+
+    /// [`Vcpu::register`] of 64 bits.
+    pub fn register64(&self, id: u64) -> Result<u64> {
+        let mut value = [0; 8];
+        self.register(id, &mut value)?;
+        Ok(u64::from_ne_bytes(value))
+    }
+
+    /// [`Vcpu::set_register`] of 64 bits.
+    pub fn set_register64(&self, id: u64, value: u64) -> Result<()> {
+        self.set_register(id, &value.to_ne_bytes())
+    }
+
+    /// `KVM_GET_MP_STATE`: whether PSCI has the vCPU on.
+    pub fn mp_state(&self) -> Result<u32> {
+        let state = self.fd.get_mp_state();
+        Ok(state
+            .map_err(|e| self.error("KVM_GET_MP_STATE", e))?
+            .mp_state)
+    }
+
+    /// `KVM_SET_MP_STATE`.
+    pub fn set_mp_state(&self, mp_state: u32) -> Result<()> {
+        self.fd
+            .set_mp_state(kvm_mp_state { mp_state })
+            .map_err(|e| self.error("KVM_SET_MP_STATE", e))
+    }
+
+    /// `KVM_GET_VCPU_EVENTS`: exceptions that wait to be taken.
+    pub fn events(&self) -> Result<VcpuEvents> {
+        self.fd
+            .get_vcpu_events()
+            .map_err(|e| self.error("KVM_GET_VCPU_EVENTS", e))
+    }
+
+    /// `KVM_SET_VCPU_EVENTS`.
+    pub fn set_events(&self, events: &VcpuEvents) -> Result<()> {
+        self.fd
+            .set_vcpu_events(events)
+            .map_err(|e| self.error("KVM_SET_VCPU_EVENTS", e))
+    }
+
+    fn register_error(&self, ioctl: &'static str, id: u64, errno: kvm_ioctls::Error) -> Error {
+        Error::new(
+            ioctl,
+            format!("vCPU {} register {id:#x}", self.index()),
+            errno,
+        )
+    }
+}

@@ -14,6 +14,8 @@ mod aarch64;
 #[cfg(target_arch = "x86_64")]
 mod x86_64;
 
+#[cfg(target_arch = "aarch64")]
+pub use aarch64::{REGISTER_MAX, VcpuEvents, VcpuInit, register_size};
 pub use device::Device;
 pub use vcpu::{Exit, Kick, Vcpu};
 pub use vm::{Slot, Vm};

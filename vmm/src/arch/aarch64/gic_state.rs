@@ -1,0 +1,467 @@
+//! The state of the GICv3: distributor, redistributors, line levels, CPU interfaces.
+//!
+//! Each access locks every vCPU, so a register costs a stop more the more vCPUs there are: none is
+//! read that KVM keeps nothing behind (`GICD_STATUSR`, `GICR_STATUSR`, `GICR_WAKER`, `IGRPMODR`,
+//! `NSACR`, the configuration of SGIs, the upper halves of `GICD_IROUTER`, which are all constant in
+//! `arch/arm64/kvm/vgic/vgic-mmio-v3.c` of Linux 6.12), and none twice.
+
+use std::ffi::CStr;
+use std::sync::Arc;
+
+use kvm_bindings::{
+    KVM_DEV_ARM_VGIC_GRP_CPU_SYSREGS, KVM_DEV_ARM_VGIC_GRP_DIST_REGS,
+    KVM_DEV_ARM_VGIC_GRP_LEVEL_INFO, KVM_DEV_ARM_VGIC_GRP_REDIST_REGS,
+    KVM_DEV_ARM_VGIC_LINE_LEVEL_INFO_SHIFT, KVM_DEV_ARM_VGIC_V3_MPIDR_SHIFT,
+    VGIC_LEVEL_INFO_LINE_LEVEL,
+};
+use serde::{Deserialize, Serialize};
+
+use super::layout::IRQS;
+use super::registers::{MPIDR_EL1, sysreg};
+use crate::devices::{DeviceState, StateError, decode, encode};
+use crate::kvm::{self, Device, Vcpu};
+use crate::probes::{self, Guarded};
+
+/// Interrupts of a vCPU's own.
+const PRIVATE: u32 = 32;
+/// `GICR_CTLR.EnableLPIs`.
+const ENABLE_LPIS: u32 = 1;
+/// Where a redistributor's SGI frame starts.
+const SGI: u64 = 0x1_0000;
+
+/// Offsets of distributor registers, and of those in the SGI frame, which have the same
+/// (GIC architecture, IHI 0069, chapters 12.9 and 12.11).
+mod gicd {
+    pub(super) const CTLR: u64 = 0x0;
+    pub(super) const IIDR: u64 = 0x8;
+    pub(super) const IGROUPR: u64 = 0x80;
+    pub(super) const ISENABLER: u64 = 0x100;
+    pub(super) const ICENABLER: u64 = 0x180;
+    pub(super) const ISPENDR: u64 = 0x200;
+    pub(super) const ISACTIVER: u64 = 0x300;
+    pub(super) const IPRIORITYR: u64 = 0x400;
+    pub(super) const ICFGR: u64 = 0xc00;
+    pub(super) const IROUTER: u64 = 0x6000;
+}
+
+/// Offsets in a redistributor's first frame. The 64-bit ones are accessed by halves.
+mod gicr {
+    pub(super) const CTLR: u64 = 0x0;
+    pub(super) const PROPBASER: [u64; 2] = [0x70, 0x74];
+    pub(super) const PENDBASER: [u64; 2] = [0x78, 0x7c];
+}
+
+/// Encodings of the CPU interface's registers.
+mod icc {
+    use super::sysreg;
+
+    pub(super) const PMR: u64 = sysreg(3, 0, 4, 6, 0);
+    pub(super) const BPR0: u64 = sysreg(3, 0, 12, 8, 3);
+    pub(super) const BPR1: u64 = sysreg(3, 0, 12, 12, 3);
+    pub(super) const CTLR: u64 = sysreg(3, 0, 12, 12, 4);
+    pub(super) const SRE: u64 = sysreg(3, 0, 12, 12, 5);
+    pub(super) const IGRPEN0: u64 = sysreg(3, 0, 12, 12, 6);
+    pub(super) const IGRPEN1: u64 = sysreg(3, 0, 12, 12, 7);
+
+    pub(super) const fn ap0r(n: u64) -> u64 {
+        sysreg(3, 0, 12, 8, 4 + n)
+    }
+
+    pub(super) const fn ap1r(n: u64) -> u64 {
+        sysreg(3, 0, 12, 9, n)
+    }
+}
+
+/// A vCPU's affinity, as the upper half of a device attribute names it: Aff3 to Aff0, 8 bits each.
+pub(super) fn affinity(vcpu: &Vcpu) -> Result<u64, kvm::Error> {
+    Ok(pack_affinity(vcpu.register64(MPIDR_EL1)?))
+}
+
+fn pack_affinity(mpidr: u64) -> u64 {
+    let packed = mpidr & 0x00ff_ffff | (mpidr >> 32 & 0xff) << 24;
+    packed << KVM_DEV_ARM_VGIC_V3_MPIDR_SHIFT
+}
+
+/// The part of the GIC that migrates.
+pub(super) struct GicState {
+    device: Arc<Device>,
+    affinities: Vec<u64>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+struct State {
+    irqs: u32,
+    iidr: u32,
+    ctlr: u32,
+    redistributors: Vec<Redistributor>,
+    /// What [`shared`] lists, in its order.
+    shared: Vec<u32>,
+}
+
+/// What a vCPU has of its own.
+#[derive(Debug, Serialize, Deserialize)]
+struct Redistributor {
+    propbaser: [u32; 2],
+    pendbaser: [u32; 2],
+    ctlr: u32,
+    /// What [`private`] lists, in its order.
+    private: Vec<u32>,
+    interface: Interface,
+}
+
+/// The registers of a vCPU's CPU interface.
+#[derive(Debug, Serialize, Deserialize)]
+struct Interface {
+    sre: u64,
+    ctlr: u64,
+    igrpen0: u64,
+    igrpen1: u64,
+    pmr: u64,
+    bpr0: u64,
+    bpr1: u64,
+    /// As many as the priority bits of `ctlr` ask for.
+    ap0r: Vec<u64>,
+    ap1r: Vec<u64>,
+}
+
+/// One 32-bit access.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Access {
+    group: u32,
+    attr: u64,
+}
+
+impl DeviceState for GicState {
+    fn name(&self) -> &CStr {
+        c"gic"
+    }
+
+    fn version(&self) -> u32 {
+        1
+    }
+
+    fn save(&mut self) -> Result<Vec<u8>, StateError> {
+        let affinities = self.affinities.iter();
+        let redistributors = affinities.map(|&affinity| self.save_redistributor(affinity));
+        encode(&State {
+            irqs: IRQS,
+            iidr: self.get(distributor(gicd::IIDR))?,
+            ctlr: self.get(distributor(gicd::CTLR))?,
+            redistributors: redistributors.collect::<Result<_, _>>()?,
+            shared: self.get_all(shared())?,
+        })
+    }
+
+    /// RAM and the vCPUs are loaded. First who the distributor is, then the redistributors, whose
+    /// LPI tables come before `GICR_CTLR` turns them on, then the interrupts that the vCPUs share
+    /// and the CPU interfaces.
+    fn load(&mut self, version: u32, state: &[u8]) -> Result<(), StateError> {
+        let state: State = decode(self.version(), version, state)?;
+        check(&state, self.affinities.len())?;
+        self.set(distributor(gicd::IIDR), state.iidr)?;
+        self.set(distributor(gicd::CTLR), state.ctlr)?;
+        for (&affinity, redistributor) in self.affinities.iter().zip(&state.redistributors) {
+            self.load_tables(affinity, redistributor)?;
+        }
+        for (&affinity, redistributor) in self.affinities.iter().zip(&state.redistributors) {
+            // SGIs are on after a reset: only this turns off those that the guest turned off.
+            self.set(in_redistributor(affinity, SGI + gicd::ICENABLER), u32::MAX)?;
+            self.set_all(private(affinity), &redistributor.private)?;
+        }
+        self.set_all(shared(), &state.shared)?;
+        for (&affinity, redistributor) in self.affinities.iter().zip(&state.redistributors) {
+            self.load_interface(affinity, &redistributor.interface)?;
+        }
+        Ok(())
+    }
+}
+
+impl GicState {
+    /// The state of an initialised GIC.
+    pub(super) fn new(device: Arc<Device>, affinities: Vec<u64>) -> Self {
+        GicState { device, affinities }
+    }
+
+    fn save_redistributor(&self, affinity: u64) -> Result<Redistributor, kvm::Error> {
+        let both = |halves: [u64; 2]| -> Result<[u32; 2], kvm::Error> {
+            let [low, high] = halves.map(|offset| self.get(in_redistributor(affinity, offset)));
+            Ok([low?, high?])
+        };
+        Ok(Redistributor {
+            propbaser: both(gicr::PROPBASER)?,
+            pendbaser: both(gicr::PENDBASER)?,
+            ctlr: self.get(in_redistributor(affinity, gicr::CTLR))?,
+            private: self.get_all(private(affinity))?,
+            interface: self.save_interface(affinity)?,
+        })
+    }
+
+    fn save_interface(&self, affinity: u64) -> Result<Interface, kvm::Error> {
+        let get = |encoding| {
+            let attr = affinity | encoding;
+            self.device.get(KVM_DEV_ARM_VGIC_GRP_CPU_SYSREGS, attr)
+        };
+        let ctlr = get(icc::CTLR)?;
+        let active = 0..active_priorities(ctlr);
+        Ok(Interface {
+            sre: get(icc::SRE)?,
+            ctlr,
+            igrpen0: get(icc::IGRPEN0)?,
+            igrpen1: get(icc::IGRPEN1)?,
+            pmr: get(icc::PMR)?,
+            bpr0: get(icc::BPR0)?,
+            bpr1: get(icc::BPR1)?,
+            ap0r: active
+                .clone()
+                .map(|n| get(icc::ap0r(n)))
+                .collect::<Result<_, _>>()?,
+            ap1r: active
+                .map(|n| get(icc::ap1r(n)))
+                .collect::<Result<_, _>>()?,
+        })
+    }
+
+    /// Where a redistributor's LPI tables are, then `GICR_CTLR`: with it the redistributor reads
+    /// which LPIs are pending. Those that the ITS maps only later are read when it maps them.
+    fn load_tables(&self, affinity: u64, state: &Redistributor) -> Result<(), kvm::Error> {
+        let at = |offset| in_redistributor(affinity, offset);
+        for (offset, half) in gicr::PROPBASER.into_iter().zip(state.propbaser) {
+            self.set(at(offset), half)?;
+        }
+        for (offset, half) in gicr::PENDBASER.into_iter().zip(state.pendbaser) {
+            self.set(at(offset), half)?;
+        }
+        let enable = || self.set(at(gicr::CTLR), state.ctlr);
+        if state.ctlr & ENABLE_LPIS == 0 {
+            return enable();
+        }
+        probes::gic_restore_pending_tables().run(|_| enable())
+    }
+
+    fn load_interface(&self, affinity: u64, state: &Interface) -> Result<(), kvm::Error> {
+        let set = |encoding, value: u64| {
+            let attr = affinity | encoding;
+            self.device
+                .set(KVM_DEV_ARM_VGIC_GRP_CPU_SYSREGS, attr, value)
+        };
+        set(icc::SRE, state.sre)?;
+        set(icc::CTLR, state.ctlr)?;
+        set(icc::IGRPEN0, state.igrpen0)?;
+        set(icc::IGRPEN1, state.igrpen1)?;
+        set(icc::PMR, state.pmr)?;
+        set(icc::BPR0, state.bpr0)?;
+        set(icc::BPR1, state.bpr1)?;
+        for (n, &value) in (0..).zip(&state.ap0r) {
+            set(icc::ap0r(n), value)?;
+        }
+        for (n, &value) in (0..).zip(&state.ap1r) {
+            set(icc::ap1r(n), value)?;
+        }
+        Ok(())
+    }
+
+    fn get(&self, access: Access) -> Result<u32, kvm::Error> {
+        self.device.get(access.group, access.attr)
+    }
+
+    fn set(&self, access: Access, value: u32) -> Result<(), kvm::Error> {
+        self.device.set(access.group, access.attr, value)
+    }
+
+    fn get_all(&self, accesses: impl Iterator<Item = Access>) -> Result<Vec<u32>, kvm::Error> {
+        accesses.map(|access| self.get(access)).collect()
+    }
+
+    fn set_all(
+        &self,
+        accesses: impl Iterator<Item = Access>,
+        values: &[u32],
+    ) -> Result<(), kvm::Error> {
+        let mut pairs = accesses.zip(values);
+        pairs.try_for_each(|(access, &value)| self.set(access, value))
+    }
+}
+
+fn distributor(offset: u64) -> Access {
+    let group = KVM_DEV_ARM_VGIC_GRP_DIST_REGS;
+    Access {
+        group,
+        attr: offset,
+    }
+}
+
+fn in_redistributor(affinity: u64, offset: u64) -> Access {
+    let group = KVM_DEV_ARM_VGIC_GRP_REDIST_REGS;
+    Access {
+        group,
+        attr: affinity | offset,
+    }
+}
+
+/// The levels of the 32 lines from `first` on.
+fn line_levels(affinity: u64, first: u32) -> Access {
+    let info = VGIC_LEVEL_INFO_LINE_LEVEL << KVM_DEV_ARM_VGIC_LINE_LEVEL_INFO_SHIFT;
+    let group = KVM_DEV_ARM_VGIC_GRP_LEVEL_INFO;
+    Access {
+        group,
+        attr: affinity | u64::from(info | first),
+    }
+}
+
+/// The interrupts that a vCPU does not share, in the order that loads them: how an interrupt is
+/// set up, whether its line is up, whether it is pending or active, its priority.
+fn private(affinity: u64) -> impl Iterator<Item = Access> {
+    let at = move |offset| in_redistributor(affinity, SGI + offset);
+    let words = move |offset: u64, count: u64| (0..count).map(move |n| at(offset + 4 * n));
+    words(gicd::IGROUPR, 1)
+        .chain(words(gicd::ISENABLER, 1))
+        .chain(words(gicd::ICFGR + 4, 1))
+        .chain([line_levels(affinity, 0)])
+        .chain(words(gicd::ISPENDR, 1))
+        .chain(words(gicd::ISACTIVER, 1))
+        .chain(words(gicd::IPRIORITYR, 8))
+}
+
+/// The same for the interrupts that all vCPUs share, and where each of them goes.
+fn shared() -> impl Iterator<Item = Access> {
+    // Registers hold a fixed number of bits for each interrupt; those of the private ones, which
+    // come first, are the redistributors' business.
+    let words = |offset: u64, bits: u64| {
+        let first = u64::from(PRIVATE) * bits / 32;
+        let end = u64::from(IRQS) * bits / 32;
+        (first..end).map(move |n| distributor(offset + 4 * n))
+    };
+    let routes = (PRIVATE..IRQS).map(|irq| distributor(gicd::IROUTER + 8 * u64::from(irq)));
+    let levels = (PRIVATE..IRQS)
+        .step_by(32)
+        .map(|first| line_levels(0, first));
+    words(gicd::IGROUPR, 1)
+        .chain(words(gicd::ISENABLER, 1))
+        .chain(routes)
+        .chain(words(gicd::ICFGR, 2))
+        .chain(levels)
+        .chain(words(gicd::ISPENDR, 1))
+        .chain(words(gicd::ISACTIVER, 1))
+        .chain(words(gicd::IPRIORITYR, 8))
+}
+
+/// How many `ICC_AP<n>R` registers a CPU interface has, by the priority bits in its `ICC_CTLR`:
+/// one for 5 bits, two for 6, four for 7.
+fn active_priorities(ctlr: u64) -> u64 {
+    match (ctlr >> 8 & 7) + 1 {
+        7.. => 4,
+        6 => 2,
+        _ => 1,
+    }
+}
+
+/// Whether a state that came from outside has what this GIC has.
+fn check(state: &State, vcpus: usize) -> Result<(), StateError> {
+    let invalid = |text| Err(StateError::Invalid(text));
+    let State {
+        irqs,
+        redistributors,
+        ..
+    } = state;
+    if *irqs != IRQS {
+        return invalid(format!("a GIC with {irqs} interrupts, this one has {IRQS}"));
+    }
+    if redistributors.len() != vcpus {
+        let count = redistributors.len();
+        return invalid(format!(
+            "a GIC with {count} redistributors, this one has {vcpus}"
+        ));
+    }
+    let complete = |redistributor: &Redistributor| {
+        let interface = &redistributor.interface;
+        let active = active_priorities(interface.ctlr);
+        redistributor.private.len() == private(0).count()
+            && interface.ap0r.len() as u64 == active
+            && interface.ap1r.len() as u64 == active
+    };
+    if state.shared.len() != shared().count() || !redistributors.iter().all(complete) {
+        return invalid("a GIC with other registers than this one has".into());
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn state(vcpus: usize) -> State {
+        let redistributor = || Redistributor {
+            propbaser: [0; 2],
+            pendbaser: [0; 2],
+            ctlr: 0,
+            private: vec![0; private(0).count()],
+            interface: Interface {
+                sre: 7,
+                ctlr: 4 << 8,
+                igrpen0: 0,
+                igrpen1: 0,
+                pmr: 0,
+                bpr0: 0,
+                bpr1: 0,
+                ap0r: vec![0],
+                ap1r: vec![0],
+            },
+        };
+        State {
+            irqs: IRQS,
+            iidr: 0,
+            ctlr: 0,
+            redistributors: (0..vcpus).map(|_| redistributor()).collect(),
+            shared: vec![0; shared().count()],
+        }
+    }
+
+    #[test]
+    fn no_register_is_accessed_twice() {
+        let mut all: Vec<_> = shared()
+            .chain(private(1 << 32))
+            .map(|a| (a.group, a.attr))
+            .collect();
+        let count = all.len();
+        all.sort_unstable();
+        all.dedup();
+        assert_eq!(all.len(), count);
+    }
+
+    #[test]
+    fn shared_interrupts_start_behind_the_private_ones() {
+        let attrs: Vec<_> = shared().map(|access| access.attr).collect();
+        assert!(attrs.contains(&(gicd::IGROUPR + 4)));
+        assert!(!attrs.contains(&gicd::IGROUPR));
+        assert!(attrs.contains(&(gicd::IPRIORITYR + 32)));
+        assert!(!attrs.contains(&(gicd::IPRIORITYR + 28)));
+        assert!(attrs.contains(&(gicd::ICFGR + 8)));
+        assert!(attrs.contains(&(gicd::IROUTER + 8 * 32)));
+    }
+
+    #[test]
+    fn a_state_must_fit_this_gic() {
+        assert!(check(&state(2), 2).is_ok());
+        assert!(check(&state(2), 3).is_err());
+        let mut short = state(1);
+        short.shared.pop();
+        assert!(check(&short, 1).is_err());
+        let mut doubled = state(1);
+        doubled.redistributors[0].interface.ap0r.push(0);
+        assert!(check(&doubled, 1).is_err());
+        let mut other = state(1);
+        other.irqs += 32;
+        assert!(check(&other, 1).is_err());
+    }
+
+    #[test]
+    fn affinities_are_packed_into_four_bytes() {
+        assert_eq!(pack_affinity(0x12_8034_5678), 0x1234_5678 << 32);
+    }
+
+    #[test]
+    fn more_priority_bits_have_more_active_priority_registers() {
+        let registers = |bits: u64| active_priorities((bits - 1) << 8);
+        assert_eq!([5, 6, 7].map(registers), [1, 2, 4]);
+    }
+}

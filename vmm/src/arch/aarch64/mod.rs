@@ -1,0 +1,137 @@
+//! The arm64 board: GICv3 with one ITS, vCPUs under PSCI, the virtual counter.
+//!
+//! [7] is `its.rs`, [7b] `gic.rs`. What a migration saves and loads of them is there and in
+//! `gic_state.rs`; the order is that of `Documentation/virt/kvm/devices/arm-vgic{-v3,-its}.rst`.
+
+mod boot;
+mod fdt;
+mod gic;
+mod gic_state;
+mod its;
+mod layout;
+mod registers;
+mod timer;
+mod vcpu;
+
+use std::sync::mpsc::Sender;
+use std::sync::{Arc, Mutex, PoisonError};
+
+pub use boot::{Entry, load_payload};
+pub use layout::{SERIAL, ram_layout};
+pub use vcpu::{init_vcpu, set_entry, vcpu_state};
+
+use super::BoardDevice;
+use crate::devices::DeviceState;
+use crate::kvm::{self, Vcpu, Vm};
+use crate::payload;
+use crate::probes::Errno;
+use crate::runstate::{Request, StateHandler};
+use gic::Gic;
+use its::Its;
+use timer::Vtimer;
+
+/// The architecture's name in the migration stream.
+pub const NAME: &str = "aarch64";
+
+/// The board could not be built.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// KVM refused.
+    #[error(transparent)]
+    Kvm(#[from] kvm::Error),
+    /// RAM that the memory map has no place for.
+    #[error("{size:#x} bytes of RAM: give whole pages, and no more than 1023 GiB")]
+    Ram {
+        /// Bytes asked for.
+        size: u64,
+    },
+    /// More vCPUs than KVM takes or the memory map has redistributors for, or none.
+    #[error("{asked} vCPUs: give 1 to {max}")]
+    Vcpus {
+        /// How many were asked for.
+        asked: u32,
+        /// How many there is room for.
+        max: u32,
+    },
+    /// The payload can't be loaded.
+    #[error(transparent)]
+    Payload(#[from] payload::Error),
+    /// The device tree does not fit together.
+    #[error("the device tree")]
+    Fdt(#[from] vm_fdt::Error),
+}
+
+impl Errno for Error {
+    fn errno(&self) -> i32 {
+        match self {
+            Error::Kvm(source) => source.errno(),
+            Error::Payload(source) => source.errno(),
+            Error::Ram { .. } | Error::Vcpus { .. } | Error::Fdt(_) => libc::EINVAL,
+        }
+    }
+}
+
+/// Devices on the board that guests reach by exits: none. PSCI, which stops and resets the guest,
+/// is KVM's.
+pub fn platform_devices(_requests: &Sender<Request>) -> Vec<BoardDevice> {
+    Vec::new()
+}
+
+/// The interrupt controller and the counter.
+pub struct Irqchip {
+    gic: Gic,
+    its: Its,
+    vtimer: Option<Vtimer>,
+}
+
+impl Irqchip {
+    /// Creates GIC and ITS. The vCPUs come after it.
+    pub fn create(vm: &Arc<Vm>, vcpus: u32) -> Result<Self, Error> {
+        let max = layout::VCPUS_MAX.min(vm.max_vcpus());
+        if !(1..=max).contains(&vcpus) {
+            return Err(Error::Vcpus { asked: vcpus, max });
+        }
+        let gic = Gic::create(vm)?;
+        let its = Its::create(vm)?;
+        Ok(Irqchip {
+            gic,
+            its,
+            vtimer: None,
+        })
+    }
+
+    /// Initialises both, now that all vCPUs are there.
+    pub fn init(&mut self, vcpus: &[Arc<Mutex<Vcpu>>]) -> Result<(), Error> {
+        let mut affinities = Vec::with_capacity(vcpus.len());
+        for vcpu in vcpus {
+            let vcpu = vcpu.lock().unwrap_or_else(PoisonError::into_inner);
+            affinities.push(gic_state::affinity(&vcpu)?);
+        }
+        self.gic.init(affinities)?;
+        self.its.init()?;
+        self.vtimer = vcpus.first().map(|first| Vtimer::new(Arc::clone(first)));
+        Ok(())
+    }
+
+    /// What must be done when the VM starts and stops: on a stop first the ITS's tables, then the
+    /// pending LPIs; the counter stops before both, in its `prepare`.
+    pub fn handlers(&self, _vcpus: &[Arc<Mutex<Vcpu>>]) -> Vec<Box<dyn StateHandler>> {
+        let mut handlers: Vec<Box<dyn StateHandler>> = Vec::new();
+        if let Some(vtimer) = &self.vtimer {
+            handlers.push(Box::new(vtimer.clone()));
+        }
+        handlers.push(Box::new(self.gic.handler()));
+        handlers.push(Box::new(self.its.handler()));
+        handlers
+    }
+
+    /// What migrates, to be loaded in this order after RAM and the vCPUs.
+    pub fn devices(&self) -> Vec<Box<dyn DeviceState>> {
+        let mut devices: Vec<Box<dyn DeviceState>> =
+            vec![Box::new(self.gic.state()), Box::new(self.its.state())];
+        if let Some(vtimer) = &self.vtimer {
+            devices.push(Box::new(vtimer.clone()));
+        }
+        devices
+    }
+}
