@@ -5,6 +5,7 @@
 
 mod report;
 mod scenarios;
+mod steps;
 mod tape;
 
 use std::fs;

@@ -8,13 +8,13 @@ use blackout_abi::probes::{self, ArgKind, PROBES};
 
 /// A process and a thread of it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Task {
-    pub pid: u32,
-    pub tid: u32,
+pub(crate) struct Task {
+    pub(crate) pid: u32,
+    pub(crate) tid: u32,
 }
 
 /// One argument of a probe.
-pub enum Arg {
+pub(crate) enum Arg {
     U(u64),
     I(i64),
     S(&'static str),
@@ -22,18 +22,18 @@ pub enum Arg {
 
 /// Frames, and the clock that the next one is stamped with.
 #[derive(Clone, Debug)]
-pub struct Tape {
+pub(crate) struct Tape {
     header: Header,
     frames: Vec<Frame>,
     now_ns: u64,
 }
 
 /// A boot of a made-up machine is this old when its tape begins, ns.
-pub const START_NS: u64 = 5_000_000_000;
+pub(crate) const START_NS: u64 = 5_000_000_000;
 
 impl Tape {
     /// A tape that defines every probe of the table, on a host called `hostname`.
-    pub fn new(hostname: &str) -> Self {
+    pub(crate) fn new(hostname: &str) -> Self {
         let header = Header {
             tool: "0.1.0".into(),
             kernel: "6.12.0".into(),
@@ -71,7 +71,7 @@ impl Tape {
     }
 
     /// Names a process and its threads; the first is the main thread.
-    pub fn process(&mut self, pid: u32, threads: &[&str]) -> Vec<Task> {
+    pub(crate) fn process(&mut self, pid: u32, threads: &[&str]) -> Vec<Task> {
         let exe = "/usr/bin/blackout-vmm".into();
         self.frames.push(Frame::Process(Process {
             pid,
@@ -95,24 +95,24 @@ impl Tape {
         tasks
     }
 
-    pub fn now_ns(&self) -> u64 {
+    pub(crate) fn now_ns(&self) -> u64 {
         self.now_ns
     }
 
     /// Lets time go by.
-    pub fn pass_us(&mut self, us: u64) -> &mut Self {
+    pub(crate) fn pass_us(&mut self, us: u64) -> &mut Self {
         self.now_ns += us * 1_000;
         self
     }
 
     /// Lets time go by that is no whole number of microseconds.
-    pub fn pass_ns(&mut self, ns: u64) -> &mut Self {
+    pub(crate) fn pass_ns(&mut self, ns: u64) -> &mut Self {
         self.now_ns += ns;
         self
     }
 
     /// Fires the probe called `name`, whose arguments must be what the table says.
-    pub fn fire(&mut self, task: Task, name: &str, args: &[Arg]) -> &mut Self {
+    pub(crate) fn fire(&mut self, task: Task, name: &str, args: &[Arg]) -> &mut Self {
         let id = probes::probe_id(name).unwrap_or_else(|| panic!("no probe {name}"));
         let probe = &PROBES[usize::from(id)];
         assert_eq!(args.len(), probe.args.len(), "arguments of {name}");
@@ -138,7 +138,7 @@ impl Tape {
     }
 
     /// A span with `body` inside.
-    pub fn span(
+    pub(crate) fn span(
         &mut self,
         task: Task,
         row: &str,
@@ -152,7 +152,7 @@ impl Tape {
     }
 
     /// A `KVM_SET_DEVICE_ATTR` with `inside` the kernel.
-    pub fn set_attr(
+    pub(crate) fn set_attr(
         &mut self,
         task: Task,
         (fd, fd_kind): (i32, FdKind),
@@ -180,7 +180,7 @@ impl Tape {
     }
 
     /// An ioctl of a VM that takes `us`.
-    pub fn vm_ioctl(&mut self, task: Task, cmd: u32, us: u64) -> &mut Self {
+    pub(crate) fn vm_ioctl(&mut self, task: Task, cmd: u32, us: u64) -> &mut Self {
         let enter_ns = self.now_ns;
         self.pass_us(us);
         let (Task { pid, tid }, exit_ns) = (task, self.now_ns);
@@ -200,7 +200,7 @@ impl Tape {
     }
 
     /// A kernel function that takes `us`.
-    pub fn function(
+    pub(crate) fn function(
         &mut self,
         task: Task,
         function: &str,
@@ -228,7 +228,7 @@ impl Tape {
     }
 
     /// What the kernel knows of a vCPU's runs; see [`VcpuEdges`].
-    pub fn edges(
+    pub(crate) fn edges(
         &mut self,
         task: Task,
         vcpu: u32,
@@ -250,7 +250,7 @@ impl Tape {
     }
 
     /// A stay outside of KVM_RUN.
-    pub fn gap(&mut self, task: Task, vcpu: u32, exit_ns: u64, enter_ns: u64) {
+    pub(crate) fn gap(&mut self, task: Task, vcpu: u32, exit_ns: u64, enter_ns: u64) {
         let Task { pid, tid } = task;
         self.frames.push(Frame::VcpuGap(VcpuGap {
             pid,
@@ -262,7 +262,7 @@ impl Tape {
     }
 
     /// Events were lost.
-    pub fn lose(&mut self, count: u64) {
+    pub(crate) fn lose(&mut self, count: u64) {
         self.frames.push(Frame::Lost {
             at_ns: self.now_ns,
             count,
@@ -270,7 +270,7 @@ impl Tape {
     }
 
     /// What recording cost.
-    pub fn cost(&mut self) {
+    pub(crate) fn cost(&mut self) {
         let events = self
             .frames
             .iter()
@@ -285,13 +285,13 @@ impl Tape {
     }
 
     /// Keeps the frames that `keep` approves of.
-    pub fn retain(mut self, keep: impl FnMut(&Frame) -> bool) -> Self {
+    pub(crate) fn retain(mut self, keep: impl FnMut(&Frame) -> bool) -> Self {
         self.frames.retain(keep);
         self
     }
 
     /// Drops the hits of the probe called `name` on `pid`.
-    pub fn without(self, pid: u32, name: &str) -> Self {
+    pub(crate) fn without(self, pid: u32, name: &str) -> Self {
         let id = probes::probe_id(name).map(u32::from);
         self.retain(
             |frame| !matches!(frame, Frame::Hit(hit) if hit.pid == pid && Some(hit.probe) == id),
@@ -300,7 +300,7 @@ impl Tape {
 
     /// What a recorder of another host, that watched `pid` only, would have written: its clock
     /// shows `offset_ns` more.
-    pub fn on_host(&self, hostname: &str, pid: u32, offset_ns: u64) -> Self {
+    pub(crate) fn on_host(&self, hostname: &str, pid: u32, offset_ns: u64) -> Self {
         let mut tape = self.only(pid);
         tape.header = Self::new(hostname).header;
         tape.header.clock.monotonic_ns += offset_ns;
@@ -331,7 +331,7 @@ impl Tape {
     }
 
     /// What a recorder that watched `pid` only would have written.
-    pub fn only(&self, pid: u32) -> Self {
+    pub(crate) fn only(&self, pid: u32) -> Self {
         self.clone().retain(|frame| match frame {
             Frame::Process(process) => process.pid == pid,
             Frame::Thread(thread) => thread.pid == pid,
@@ -345,7 +345,7 @@ impl Tape {
     }
 
     /// The recording's bytes.
-    pub fn bytes(&self) -> Vec<u8> {
+    pub(crate) fn bytes(&self) -> Vec<u8> {
         let mut writer = Writer::new("tape".into(), Vec::new(), self.header.clone()).unwrap();
         for frame in &self.frames {
             writer.write(frame).unwrap();
