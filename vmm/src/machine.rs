@@ -73,6 +73,7 @@ pub struct Machine {
     pub(crate) serial: Serial,
     devices: Vec<Box<dyn DeviceState>>,
     state: RunState,
+    autostart: bool,
     events: EventSender,
     vm: Arc<Vm>,
     ram: GuestRam,
@@ -121,7 +122,7 @@ impl Machine {
 
         let vcpus = Vcpus::spawn(vcpus, &Arc::new(buses), requests).map_err(Error::Threads)?;
         let state = RunState::Prelaunch;
-        Ok(Machine { vcpus, handlers, serial, devices, state, events, vm, ram })
+        Ok(Machine { vcpus, handlers, serial, devices, state, autostart: true, events, vm, ram })
     }
 
     /// What the VM is doing.
@@ -136,6 +137,16 @@ impl Machine {
     pub fn set_state(&mut self, state: RunState) -> Result<(), IllegalTransition> {
         self.state = self.state.change(state)?;
         Ok(())
+    }
+
+    /// Whether the VM runs once an incoming migration is complete, or stays paused.
+    pub fn autostart(&self) -> bool {
+        self.autostart
+    }
+
+    /// Decides that; QMP's `stop` and `cont` do while the migration is awaited.
+    pub fn set_autostart(&mut self, on: bool) {
+        self.autostart = on;
     }
 
     /// Guest RAM.

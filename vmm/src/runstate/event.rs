@@ -47,8 +47,9 @@ pub enum Event {
     },
 }
 
-/// What the machine's main loop has to do for a vCPU or for a device that a vCPU just wrote to. A
-/// vCPU can't stop the VM from its own thread: `vm_stop` waits for that very thread.
+/// What the main loop has to do. A vCPU asks for it, or a device that a vCPU just wrote to: neither
+/// can stop the VM from the vCPU's own thread, since `vm_stop` waits for that very thread. Or
+/// somebody outside wants the process to end.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Request {
     /// The guest switched itself off.
@@ -57,4 +58,8 @@ pub enum Request {
     Reset,
     /// The vCPU can't go on; says why.
     InternalError(String),
+    /// QMP's `quit`.
+    Quit,
+    /// A signal that asks the process to end.
+    Signal,
 }
