@@ -175,6 +175,14 @@ impl Choice {
                 .env("RUSTC_BOOTSTRAP", "1")
                 .args(["-Z", "build-std=core"]);
         }
+        if self.toolchain == Toolchain::Debian && self.target.ends_with("-unknown-none") {
+            // rustup's compilers bring a linker of their own for these targets; Debian's does not.
+            let variable = self.target.replace('-', "_").to_uppercase();
+            cargo.env(
+                format!("CARGO_TARGET_{variable}_LINKER"),
+                format!("ld.lld-{LLVM}"),
+            );
+        }
         if self.target == DEBIAN_TARGET {
             let library = debian_library()?;
             cargo

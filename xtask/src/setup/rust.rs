@@ -50,7 +50,12 @@ impl Need for GuestCompiler {
     }
 
     fn packages(&self) -> Vec<String> {
-        debian_unless(|| rustup(&["target", "add", &format!("{}-unknown-none", self.0)]))
+        let target = format!("{}-unknown-none", self.0);
+        let mut packages = debian_unless(|| rustup(&["target", "add", &target]));
+        if !packages.is_empty() {
+            packages.push(format!("lld-{LLVM}"));
+        }
+        packages
     }
 
     fn install(&self) -> Result<()> {
@@ -133,8 +138,19 @@ fn debian_arch() -> &'static str {
 
 /// Asks rustup for a part of the active toolchain.
 fn rustup(arguments: &[&str]) -> bool {
-    command::find("rustup").is_some()
-        && command::run(Command::new("rustup").args(arguments)).is_ok()
+    let Some(rustup) = command::find("rustup") else {
+        return false;
+    };
+    // Its failure is no failure of setup, so its backtrace would only alarm.
+    let added = command::run(
+        Command::new(rustup)
+            .args(arguments)
+            .env("RUST_BACKTRACE", "0"),
+    );
+    if added.is_err() {
+        println!("  rustup cannot; Debian's compiler will do");
+    }
+    added.is_ok()
 }
 
 fn verify(choice: Option<Choice>, what: &str) -> Result<()> {
