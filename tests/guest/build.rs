@@ -13,4 +13,6 @@ fn main() {
     let script = format!("{root}/src/{arch}/link.ld");
     println!("cargo::rerun-if-changed={script}");
     println!("cargo::rustc-link-arg-bins=-T{script}");
+    // Nobody would relocate it: it runs where the script puts it.
+    println!("cargo::rustc-link-arg-bins=--no-pie");
 }

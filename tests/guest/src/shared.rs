@@ -88,6 +88,7 @@ impl Shared {
     }
 
     /// Counts an LPI.
+    #[allow(dead_code, reason = "x86-64 has no LPIs")]
     pub(crate) fn count_lpi(self) {
         field!(self, lpis).fetch_add(1, Ordering::Relaxed);
     }

@@ -1,1 +1,77 @@
-//! The x86-64 part.
+//! The x86-64 part: INIT and SIPI for the other vCPUs, ports for the console and the power switch.
+//!
+//! There is no ITS and no interrupt is used: a development machine may emulate this guest one
+//! instruction at a time, so it has none that it does not need.
+
+mod cpu;
+mod entry;
+
+use blackout_abi::guest::{BootPage, command};
+
+use crate::Failure;
+use crate::arena::Arena;
+use crate::config::Config;
+
+/// ACPI's PM1a control register, and "sleep now, in S5".
+const PM1A_CONTROL: u16 = 0x604;
+const SLEEP: u16 = 1 << 13;
+/// The keyboard controller's command port, and "pulse the reset line".
+const KEYBOARD_COMMAND: u16 = 0x64;
+const PULSE_RESET: u8 = 0xfe;
+
+/// The machine, set up.
+pub(crate) struct Machine;
+
+impl Machine {
+    /// Takes the local APIC over, to start the other vCPUs by it.
+    pub(crate) fn new(
+        _boot: &BootPage,
+        config: &Config,
+        _arena: &mut Arena,
+    ) -> Result<Self, Failure> {
+        if config.its_devices > 0 {
+            return Err(Failure::CommandLine);
+        }
+        if config.vcpus > 1 {
+            if !cpu::has_x2apic() {
+                return Err(Failure::Controller);
+            }
+            cpu::enable_x2apic();
+            entry::install_trampoline();
+        }
+        Ok(Machine)
+    }
+
+    /// Devices and events mapped in the ITS, which this architecture does not have.
+    pub(crate) fn events(&self) -> (u64, u64) {
+        (0, 0)
+    }
+
+    /// Starts a vCPU, whose APIC id is its index.
+    pub(crate) fn start_vcpu(&mut self, index: usize) -> Result<(), Failure> {
+        entry::start_vcpu(index)
+    }
+
+    /// Carries out a mailbox command; one that needs an ITS answers `u64::MAX`.
+    pub(crate) fn command(&mut self, command: u64, _argument: u64) -> [u64; 2] {
+        match command {
+            command::SHUTDOWN => cpu::out16(PM1A_CONTROL, SLEEP),
+            command::RESET => cpu::out8(KEYBOARD_COMMAND, PULSE_RESET),
+            _ => return [u64::MAX, 0],
+        }
+        [0; 2]
+    }
+}
+
+/// A vCPU has nothing to do but its work.
+pub(crate) fn turn(_vcpu: usize) {}
+
+/// Writes the transmit register of the 16550 at an I/O port.
+pub(crate) fn put(serial: u64, byte: u8) {
+    cpu::out8(serial as u16, byte);
+}
+
+/// Never returns.
+pub(crate) fn halt() -> ! {
+    cpu::halt()
+}
