@@ -72,6 +72,7 @@ pub struct Machine {
     pub(crate) handlers: NotifyList,
     pub(crate) serial: Serial,
     devices: Vec<Box<dyn DeviceState>>,
+    irqchip: arch::Irqchip,
     state: RunState,
     autostart: bool,
     events: EventSender,
@@ -122,7 +123,18 @@ impl Machine {
 
         let vcpus = Vcpus::spawn(vcpus, &Arc::new(buses), requests).map_err(Error::Threads)?;
         let state = RunState::Prelaunch;
-        Ok(Machine { vcpus, handlers, serial, devices, state, autostart: true, events, vm, ram })
+        Ok(Machine {
+            vcpus,
+            handlers,
+            serial,
+            devices,
+            irqchip,
+            state,
+            autostart: true,
+            events,
+            vm,
+            ram,
+        })
     }
 
     /// What the VM is doing.
@@ -167,6 +179,11 @@ impl Machine {
     /// Everything whose state goes with the guest, in the order in which it is saved and loaded.
     pub fn devices_mut(&mut self) -> &mut [Box<dyn DeviceState>] {
         &mut self.devices
+    }
+
+    /// The interrupt controller.
+    pub fn irqchip(&self) -> &arch::Irqchip {
+        &self.irqchip
     }
 
     /// The console, for input.

@@ -1,4 +1,4 @@
-//! The command line: `key=number` words, numbers in decimal.
+//! The command line: `key=number` words, numbers in decimal; K, M and G multiply.
 
 use blackout_abi::guest::BootPage;
 
@@ -45,7 +45,7 @@ impl Config {
 
     fn set(&mut self, word: &str) -> Option<()> {
         let (key, value) = word.split_once('=')?;
-        let number: u64 = value.parse().ok()?;
+        let number = parse(value)?;
         match key {
             "its_devices" => self.its_devices = number.try_into().ok()?,
             "its_events" => self.its_events = number.try_into().ok()?,
@@ -56,4 +56,14 @@ impl Config {
         }
         Some(())
     }
+}
+
+fn parse(text: &str) -> Option<u64> {
+    let (digits, shift) = match text.as_bytes().last()? {
+        b'K' => (text.get(..text.len() - 1)?, 10),
+        b'M' => (text.get(..text.len() - 1)?, 20),
+        b'G' => (text.get(..text.len() - 1)?, 30),
+        _ => (text, 0),
+    };
+    digits.parse::<u64>().ok()?.checked_mul(1 << shift)
 }

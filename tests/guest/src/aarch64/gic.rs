@@ -102,7 +102,9 @@ impl Gic {
         MASK.store(masked, Ordering::Release);
         let deadline = Deadline::seconds(10);
         follow_mask(0);
-        while MASKED[vcpu].load(Ordering::Acquire) != masked && !deadline.passed() {}
+        while MASKED[vcpu].load(Ordering::Acquire) != masked && !deadline.passed() {
+            core::hint::spin_loop();
+        }
     }
 
     /// Forgets that an LPI was ever taken.

@@ -50,6 +50,12 @@ impl Gic {
         self.device.set(KVM_DEV_ARM_VGIC_GRP_CTRL, init, 0u64)
     }
 
+    /// `KVM_DEV_ARM_VGIC_SAVE_PENDING_TABLES`, without spans.
+    pub(super) fn save_pending_tables(&self) -> Result<(), kvm::Error> {
+        let save = u64::from(KVM_DEV_ARM_VGIC_SAVE_PENDING_TABLES);
+        self.device.set(KVM_DEV_ARM_VGIC_GRP_CTRL, save, 0u64)
+    }
+
     /// The part that the stop path calls.
     pub(super) fn handler(&self) -> Handler {
         Handler {

@@ -64,6 +64,12 @@ impl Its {
         Ok(())
     }
 
+    /// `KVM_DEV_ARM_ITS_SAVE_TABLES`, without spans.
+    pub(super) fn save_tables(&self) -> Result<(), kvm::Error> {
+        let save = u64::from(KVM_DEV_ARM_ITS_SAVE_TABLES);
+        self.device.set(KVM_DEV_ARM_VGIC_GRP_CTRL, save, 0u64)
+    }
+
     /// The part that the stop path calls.
     pub(super) fn handler(&self) -> Handler {
         Handler {
