@@ -9,6 +9,7 @@ mod paths;
 mod setup;
 mod test;
 mod testbed;
+mod tidy;
 mod toolchain;
 
 use std::process::ExitCode;
@@ -35,6 +36,8 @@ enum Verb {
     Testbed(testbed::Arguments),
     /// Run the tests: units, then integration on this machine and in the testbed.
     Test(test::Arguments),
+    /// Hold the sources against the project's own rules.
+    Tidy(tidy::Arguments),
 }
 
 fn main() -> ExitCode {
@@ -44,6 +47,7 @@ fn main() -> ExitCode {
         Verb::Demo(arguments) => demo::run(&arguments),
         Verb::Testbed(arguments) => testbed::run(&arguments),
         Verb::Test(arguments) => test::run(&arguments),
+        Verb::Tidy(arguments) => tidy::run(&arguments),
     };
     match result {
         Ok(code) => ExitCode::from(code),
