@@ -11,6 +11,7 @@
 use std::ffi::CStr;
 
 use crate::spanlog;
+pub use crate::spanlog::UNFINISHED;
 
 /// What `rc` says of an error.
 pub trait Errno {
@@ -40,9 +41,6 @@ pub trait Guarded: Sized {
         result
     }
 }
-
-/// The result of a span that nothing finished, as when a panic unwinds through it.
-pub const UNFINISHED: i64 = -(libc::ECANCELED as i64);
 
 /// A table argument as the 64 bits that its probe carries.
 trait Operand: Copy {

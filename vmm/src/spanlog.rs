@@ -15,6 +15,9 @@ use serde::{Deserialize, Serialize};
 /// a few for each RAM round.
 pub const CAPACITY: usize = 4096;
 
+/// The result of a span that nothing finished, as when a panic unwinds through it.
+pub const UNFINISHED: i64 = -(libc::ECANCELED as i64);
+
 /// One finished span.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct SpanRecord {
@@ -71,7 +74,7 @@ impl SpanLog {
     }
 
     /// The spans recorded so far, in the order in which they began. Spans still open have a
-    /// duration of 0 and [`UNFINISHED`](crate::probes::UNFINISHED) as their result.
+    /// duration of 0 and [`UNFINISHED`] as their result.
     pub fn spans(&self) -> Vec<SpanRecord> {
         LOG.with_borrow(|log| log.as_ref().map(|r| r.spans.clone()).unwrap_or_default())
     }
@@ -110,7 +113,7 @@ pub(crate) fn open(name: &'static str, hop: u8, detail: Option<&CStr>) -> Open {
             depth,
             start_ns: monotonic_ns(),
             duration_ns: 0,
-            rc: crate::probes::UNFINISHED,
+            rc: UNFINISHED,
         });
         Some(records.spans.len() - 1)
     });

@@ -18,8 +18,8 @@ const ORDER: [&str; 16] = [
     "memory",
     "kvm",
     "runstate",
-    "spanlog",
     "probes",
+    "spanlog",
     "lib",
 ];
 
