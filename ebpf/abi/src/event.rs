@@ -169,11 +169,12 @@ impl RunEdge {
 }
 
 shared! {
-    /// One thread's `KVM_RUN` calls, as kept in the kernel. 0 stands for "never".
+    /// One thread's `KVM_RUN` calls, as kept in the kernel. 0 stands for "never", but a `first` of 0
+    /// for a first call before the recording began.
     pub struct RunEdges: 72 {
         /// The process.
         pub tgid: u32,
-        /// The vCPU's file descriptor.
+        /// The vCPU's file descriptor; `u32::MAX` until a call is seen.
         pub fd: u32,
         /// First call.
         pub first: u64,

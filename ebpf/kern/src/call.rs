@@ -49,7 +49,7 @@ pub fn returned(registers: *mut c_void) -> i32 {
         bpf_probe_read_kernel(
             (&raw mut value).cast(),
             8,
-            registers.cast::<u8>().add(return_offset() as usize).cast(),
+            registers.cast::<u8>().add(return_offset()).cast(),
         );
     }
     value as i32

@@ -3,11 +3,13 @@
 
 use core::ffi::c_void;
 
-use aya_ebpf::helpers::generated::bpf_probe_read_user;
+use aya_ebpf::helpers::generated::{
+    bpf_get_current_task_btf, bpf_probe_read_kernel, bpf_probe_read_user, bpf_task_pt_regs,
+};
 use blackout_abi::event::{Ioctl, Kind};
 
 use crate::run;
-use crate::shared::{IOCTLS, current, emit, header, is_target, now};
+use crate::shared::{IOCTLS, current, emit, header, is_target, now, second_arg_offset};
 
 const KVMIO: u32 = 0xae;
 const KVM_RUN: u32 = 0xae80;
@@ -70,14 +72,19 @@ pub fn enter(fd: u32, cmd: u32, arg: u64) {
     let _ = IOCTLS.insert(&task.tid, &call, 0);
 }
 
-/// An ioctl returns, of any process and on any file.
+/// An ioctl returns, of any process and on any file. `REGISTERS` says whether the program may look
+/// at the task's saved registers.
 #[inline(always)]
-pub fn exit(ret: i64) {
+pub fn exit<const REGISTERS: bool>(ret: i64) {
     let task = current();
     if run::exit(task.tid) {
         return;
     }
     let Some(call) = IOCTLS.get_ptr_mut(&task.tid) else {
+        // The call was not seen: it is of no interest, or began before the recording.
+        if REGISTERS && is_target(task.tgid) && called() == Some(KVM_RUN) {
+            run::exit_unseen(task);
+        }
         return;
     };
     // SAFETY: the thread's own entry; nobody else writes or deletes it while the thread is here.
@@ -98,6 +105,23 @@ pub fn exit(ret: i64) {
 #[inline(always)]
 pub fn thread_exit() {
     let _ = IOCTLS.remove(&current().tid);
+}
+
+/// The request number of the call that is returning, from the registers saved at its entry.
+#[inline(always)]
+fn called() -> Option<u32> {
+    let mut cmd = 0_u64;
+    // SAFETY: `cmd` has room for 8 bytes; the helper checks the source, which is an offset that the
+    // loader gave into the running task's registers.
+    let failed = unsafe {
+        let registers = bpf_task_pt_regs(bpf_get_current_task_btf()) as *const u8;
+        bpf_probe_read_kernel(
+            (&raw mut cmd).cast(),
+            8,
+            registers.add(second_arg_offset()).cast(),
+        )
+    };
+    (failed == 0).then_some(cmd as u32)
 }
 
 /// Reads what `arg` points to, as far as the request says that it is long.

@@ -47,12 +47,22 @@ fn ioctl_enter(ctx: TracePointContext) -> u32 {
     0
 }
 
-/// `syscalls:sys_exit_ioctl`
+/// `syscalls:sys_exit_ioctl`, where the kernel has BTF (`CONFIG_DEBUG_INFO_BTF`).
 #[tracepoint]
 fn ioctl_exit(ctx: TracePointContext) -> u32 {
     // SAFETY: the program is attached to `syscalls:sys_exit_ioctl` only.
     let ret = unsafe { ioctl::exit_ret(ctx.as_ptr()) };
-    ioctl::exit(ret);
+    ioctl::exit::<true>(ret);
+    0
+}
+
+/// `syscalls:sys_exit_ioctl` without BTF: a vCPU that was running when the recording began is not
+/// told from one that starts.
+#[tracepoint]
+fn ioctl_exit_plain(ctx: TracePointContext) -> u32 {
+    // SAFETY: the program is attached to `syscalls:sys_exit_ioctl` only.
+    let ret = unsafe { ioctl::exit_ret(ctx.as_ptr()) };
+    ioctl::exit::<false>(ret);
     0
 }
 

@@ -57,6 +57,10 @@ static PIDNS_INO: u64 = 0;
 #[unsafe(no_mangle)]
 static RETURN_OFFSET: u64 = 0;
 
+/// Byte offset, in the saved registers, of the one that holds a system call's second argument.
+#[unsafe(no_mangle)]
+static SECOND_ARG_OFFSET: u64 = 0;
+
 /// Bytes in the ring buffer above which the reader is woken.
 #[unsafe(no_mangle)]
 static WAKE_BYTES: u64 = 1 << 19;
@@ -76,8 +80,13 @@ pub fn gap_ns() -> u64 {
 }
 
 /// See [`RETURN_OFFSET`].
-pub fn return_offset() -> u64 {
-    global!(RETURN_OFFSET)
+pub fn return_offset() -> usize {
+    global!(RETURN_OFFSET) as usize
+}
+
+/// See [`SECOND_ARG_OFFSET`].
+pub fn second_arg_offset() -> usize {
+    global!(SECOND_ARG_OFFSET) as usize
 }
 
 /// A thread, in the loader's pid namespace.
