@@ -134,9 +134,8 @@ shared! {
         /// Bytes of `head` that hold anything: 0 when the request passes no structure to the
         /// kernel or when it could not be read.
         pub head_len: u32,
-        /// 1 in a row that was read from the map of calls in flight: it has not returned, and
-        /// `header.time` and `ret` mean nothing.
-        pub in_flight: u32,
+        /// 0.
+        pub reserved: u32,
     }
 }
 
@@ -154,15 +153,12 @@ pub enum RunEdge {
     Entry = 3,
     /// The thread ends, at `header.time`; `edges` are its last.
     End = 4,
-    /// The tool read `edges` from the map: the thread is out of `KVM_RUN` since `edges.exit` and
-    /// was still out at `header.time`.
-    Out = 5,
 }
 
 impl RunEdge {
     /// The edge that a [`Run::edge`] names, or `None` for a number that no program writes.
     pub fn from_u32(edge: u32) -> Option<Self> {
-        [Self::First, Self::Gap, Self::Entry, Self::End, Self::Out]
+        [Self::First, Self::Gap, Self::Entry, Self::End]
             .into_iter()
             .find(|known| *known as u32 == edge)
     }
@@ -371,7 +367,7 @@ mod tests {
         }
         assert_eq!(Kind::from_u32(0), None);
         assert_eq!(Function::from_u32(4), None);
-        assert_eq!(RunEdge::from_u32(6), None);
+        assert_eq!(RunEdge::from_u32(5), None);
     }
 
     #[test]

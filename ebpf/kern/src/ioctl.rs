@@ -62,7 +62,7 @@ pub fn enter(fd: u32, cmd: u32, arg: u64) {
         ret: 0,
         head: [0; 6],
         head_len: 0,
-        in_flight: 1,
+        reserved: 0,
     };
     if cmd & IOC_WRITE != 0 {
         read_head(&mut call);
@@ -91,7 +91,6 @@ pub fn exit<const REGISTERS: bool>(ret: i64) {
     let call = unsafe { &mut *call };
     call.header = header(Kind::Ioctl, task, now());
     call.ret = ret;
-    call.in_flight = 0;
     if call.cmd == KVM_CREATE_DEVICE {
         read_head(call);
     }

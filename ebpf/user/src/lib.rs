@@ -4,6 +4,7 @@
 //! `blackout-abi`. [`usdt`] stands by itself.
 
 pub mod analysis;
+pub mod capture;
 pub mod cli;
 pub mod recording;
 pub mod report;

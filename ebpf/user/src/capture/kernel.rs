@@ -1,0 +1,217 @@
+//! What this kernel and this process are: the facts behind the choice of ways to attach.
+
+use std::env::consts::ARCH;
+use std::fs;
+use std::io;
+use std::os::unix::fs::MetadataExt;
+use std::path::Path;
+
+use rustix::thread::{CapabilitySet, capabilities};
+
+use super::Error;
+use crate::usdt::Uprobes;
+
+/// The initial pid namespace (`PROC_PID_INIT_INO`, `include/linux/proc_ns.h`).
+const FIRST_PID_NAMESPACE: u64 = 0xefff_fffc;
+
+/// Where tracefs is mounted, by itself or under debugfs.
+const TRACEFS: [&str; 2] = ["/sys/kernel/tracing", "/sys/kernel/debug/tracing"];
+
+/// Where the kernel saves registers, as byte offsets.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Registers {
+    /// A function's return value.
+    pub(super) return_value: u64,
+    /// A system call's second argument.
+    pub(super) second_arg: u64,
+}
+
+/// The registers of this architecture: `struct pt_regs` or `struct user_pt_regs`.
+pub(super) fn registers() -> Registers {
+    match ARCH {
+        "aarch64" => Registers {
+            return_value: 0,
+            second_arg: 8,
+        },
+        _ => Registers {
+            return_value: 80,
+            second_arg: 104,
+        },
+    }
+}
+
+/// Device and inode of this process's pid namespace, or zeros for the first one, whose ids the
+/// kernel has at hand.
+pub(super) fn pid_namespace() -> Result<(u64, u64), Error> {
+    let path = Path::new("/proc/self/ns/pid");
+    let namespace = fs::metadata(path).map_err(|source| Error::Read {
+        path: path.to_path_buf(),
+        source,
+    })?;
+    Ok(match namespace.ino() {
+        FIRST_PID_NAMESPACE => (0, 0),
+        inode => (namespace.dev(), inode),
+    })
+}
+
+/// One thing that attaching depends on.
+#[derive(Clone, Debug)]
+pub struct Fact {
+    /// What is asked.
+    pub name: &'static str,
+    /// Whether the answer is the one that is needed.
+    pub good: bool,
+    /// Whether `record` works without it.
+    pub optional: bool,
+    /// What was found.
+    pub found: String,
+    /// What to do about a bad answer, or what it costs.
+    pub help: &'static str,
+}
+
+/// Looks at everything that attaching depends on, without attaching anything.
+pub fn survey() -> Vec<Fact> {
+    let mut facts = vec![
+        capability("CAP_BPF", CapabilitySet::BPF),
+        capability("CAP_PERFMON", CapabilitySet::PERFMON),
+        ptrace(),
+        tracefs(),
+        uprobes(),
+        semaphores(),
+        btf(),
+    ];
+    facts.extend(lockdown());
+    facts.extend([kvm(), namespace()]);
+    facts
+}
+
+fn fact(name: &'static str, result: Result<String, String>, help: &'static str) -> Fact {
+    let good = result.is_ok();
+    Fact {
+        name,
+        good,
+        optional: false,
+        found: result.unwrap_or_else(|found| found),
+        help,
+    }
+}
+
+fn capability(name: &'static str, wanted: CapabilitySet) -> Fact {
+    // CAP_SYS_ADMIN stood for both before Linux 5.8, and still does.
+    let result = match capabilities(None) {
+        Ok(sets) if sets.effective.contains(wanted) => Ok("yes".to_string()),
+        Ok(sets) if sets.effective.contains(CapabilitySet::SYS_ADMIN) => {
+            Ok("by CAP_SYS_ADMIN".to_string())
+        }
+        Ok(_) => Err("no".to_string()),
+        Err(error) => Err(error.to_string()),
+    };
+    fact(
+        name,
+        result,
+        "run as root, or: setcap cap_bpf,cap_perfmon,cap_sys_ptrace+ep blackout",
+    )
+}
+
+fn ptrace() -> Fact {
+    let mut fact = capability("CAP_SYS_PTRACE", CapabilitySet::SYS_PTRACE);
+    fact.optional = true;
+    fact.help = "without it only processes of the same user can be recorded";
+    fact
+}
+
+fn tracefs() -> Fact {
+    let ids = TRACEFS.map(|root| Path::new(root).join("events/syscalls/sys_enter_ioctl/id"));
+    let mut result = Err("not mounted".to_string());
+    for id in ids {
+        match fs::read_to_string(&id) {
+            Ok(_) => {
+                result = Ok(format!("{} is readable", id.display()));
+                break;
+            }
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => result = Err(format!("{}: {error}", id.display())),
+        }
+    }
+    let help = "mount -t tracefs tracefs /sys/kernel/tracing, and be root or in its group; the \
+                kernel needs CONFIG_FTRACE_SYSCALLS";
+    fact("tracefs", result, help)
+}
+
+fn uprobes() -> Fact {
+    let result = Uprobes::discover()
+        .map(|_| "yes".to_string())
+        .map_err(|error| error.to_string());
+    fact(
+        "uprobe PMU",
+        result,
+        "the kernel needs CONFIG_UPROBE_EVENTS",
+    )
+}
+
+fn semaphores() -> Fact {
+    let raises = Uprobes::discover().is_ok_and(|uprobes| uprobes.raises_semaphores());
+    let result = if raises {
+        Ok("raised by the kernel")
+    } else {
+        Err("not raised")
+    };
+    let mut fact = fact(
+        "USDT semaphores",
+        result.map(str::to_string).map_err(str::to_string),
+        "probes with a semaphore stay off before Linux 4.20; those of blackout-vmm have none",
+    );
+    fact.optional = true;
+    fact
+}
+
+fn btf() -> Fact {
+    let path = "/sys/kernel/btf/vmlinux";
+    let result = match fs::File::open(path) {
+        Ok(_) => Ok(path.to_string()),
+        Err(error) => Err(format!("{path}: {error}")),
+    };
+    let mut fact = fact(
+        "kernel BTF",
+        result,
+        "without CONFIG_DEBUG_INFO_BTF there is no fentry, and a vCPU that was running when the \
+         recording began looks like one that starts",
+    );
+    fact.optional = true;
+    fact
+}
+
+/// The lockdown mode, where the kernel knows one.
+fn lockdown() -> Option<Fact> {
+    let modes = fs::read_to_string("/sys/kernel/security/lockdown").ok()?;
+    let mode = modes.split('[').nth(1)?.split(']').next()?;
+    let result = match mode {
+        "confidentiality" => Err(mode.to_string()),
+        mode => Ok(mode.to_string()),
+    };
+    Some(fact(
+        "lockdown",
+        result,
+        "in this mode the kernel lets no program read memory",
+    ))
+}
+
+fn kvm() -> Fact {
+    let path = "/dev/kvm";
+    let result = match fs::OpenOptions::new().read(true).write(true).open(path) {
+        Ok(_) => Ok("usable".to_string()),
+        Err(error) => Err(error.to_string()),
+    };
+    let mut fact = fact("/dev/kvm", result, "no virtual machine runs here by KVM");
+    fact.optional = true;
+    fact
+}
+
+fn namespace() -> Fact {
+    let result = match pid_namespace() {
+        Ok((0, 0)) => Ok("the first".to_string()),
+        Ok(_) => Ok("a container's: processes outside it cannot be recorded".to_string()),
+        Err(error) => Err(error.to_string()),
+    };
+    fact("pid namespace", result, "mount /proc")
+}

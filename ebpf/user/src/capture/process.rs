@@ -1,0 +1,87 @@
+//! What `/proc` says of a process.
+
+use std::fs;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::{Path, PathBuf};
+
+use rustix::process::{Pid, PidfdFlags, pidfd_open};
+
+use super::Error;
+use crate::recording;
+
+/// A process that lives, or has lived, while it is recorded.
+#[derive(Debug)]
+pub(super) struct Process {
+    pub(super) pid: u32,
+    /// Readable once the process has ended.
+    pub(super) pidfd: OwnedFd,
+    pub(super) ended: bool,
+}
+
+impl Process {
+    /// # Errors
+    /// [`Error::System`] if there is no such process.
+    pub(super) fn open(pid: u32) -> Result<Self, Error> {
+        let what = || format!("find process {pid}");
+        let number = i32::try_from(pid).ok().and_then(Pid::from_raw);
+        let number = number.ok_or_else(|| Error::System {
+            what: what(),
+            source: io::ErrorKind::InvalidInput.into(),
+        })?;
+        let pidfd = pidfd_open(number, PidfdFlags::empty()).map_err(|error| Error::System {
+            what: what(),
+            source: error.into(),
+        })?;
+        Ok(Self {
+            pid,
+            pidfd,
+            ended: false,
+        })
+    }
+
+    /// The path that always opens the file that the process runs, even a deleted or replaced one.
+    pub(super) fn exe(&self) -> PathBuf {
+        PathBuf::from(format!("/proc/{}/exe", self.pid))
+    }
+
+    pub(super) fn describe(&self) -> recording::Process {
+        let exe = fs::read_link(self.exe()).unwrap_or_default();
+        recording::Process {
+            pid: self.pid,
+            comm: line(&format!("/proc/{}/comm", self.pid)),
+            exe: exe.to_string_lossy().into_owned(),
+        }
+    }
+}
+
+/// A thread's name; empty for one that is gone.
+pub(super) fn thread_name(pid: u32, tid: u32) -> String {
+    line(&format!("/proc/{pid}/task/{tid}/comm"))
+}
+
+/// The open descriptors of a process and what they are; none for one that is gone.
+pub(super) fn descriptors(pid: u32) -> Vec<(u32, PathBuf)> {
+    let Ok(entries) = fs::read_dir(format!("/proc/{pid}/fd")) else {
+        return Vec::new();
+    };
+    let known = entries.filter_map(|entry| {
+        let entry = entry.ok()?;
+        let fd = entry.file_name().to_str()?.parse().ok()?;
+        Some((fd, fs::read_link(entry.path()).ok()?))
+    });
+    known.collect()
+}
+
+/// What one descriptor of a process is.
+pub(super) fn descriptor(pid: u32, fd: u32) -> Option<PathBuf> {
+    fs::read_link(format!("/proc/{pid}/fd/{fd}")).ok()
+}
+
+/// A one-line file without its newline; empty if it cannot be read.
+pub(super) fn line(path: &str) -> String {
+    fs::read_to_string(Path::new(path))
+        .unwrap_or_default()
+        .trim_end()
+        .to_string()
+}

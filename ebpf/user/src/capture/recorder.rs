@@ -1,0 +1,311 @@
+//! The recorder: programs, processes and the file, brought together.
+
+use std::collections::HashMap;
+use std::fs::File;
+use std::io;
+use std::os::fd::OwnedFd;
+use std::path::Path;
+use std::time::{Duration, Instant};
+
+use aya::sys::{Stats, enable_stats};
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
+
+use super::process::Process;
+use super::sites::Pattern;
+use super::translate::Translator;
+use super::{Coverage, Error, Options, Programs, clock, process};
+use crate::recording::{Cost, Frame, Header, Writer};
+use crate::usdt::{Attachment, Uprobes};
+
+/// The ring buffer is looked at this often, as nobody is woken for single records.
+const TICK: Duration = Duration::from_millis(50);
+/// A killed recorder loses at most this much; see the recording's format.
+const FLUSH: Duration = Duration::from_secs(1);
+/// vCPUs that stay out of `KVM_RUN` are looked for this often.
+const LOOK: Duration = Duration::from_millis(250);
+
+/// Records processes into a file.
+pub struct Recorder {
+    programs: Programs,
+    coverage: Vec<Coverage>,
+    uprobes: Uprobes,
+    attached: Vec<Attachment>,
+    processes: Vec<Process>,
+    wanted: Vec<Pattern>,
+    translator: Translator,
+    /// The exit of each thread that was reported as out of `KVM_RUN`.
+    out: HashMap<u32, u64>,
+    gap_ns: u64,
+    writer: Writer<File>,
+    frames: Vec<Frame>,
+    events: u64,
+    lost: u64,
+    flushed: Instant,
+    looked: Instant,
+    /// While it is open the kernel counts the runs of programs and their time.
+    stats: Option<OwnedFd>,
+}
+
+/// What a recording came to.
+#[derive(Clone, Copy, Debug)]
+pub struct Summary {
+    /// What it cost.
+    pub cost: Cost,
+    /// Events that found no room in the ring buffer.
+    pub lost: u64,
+}
+
+impl Recorder {
+    /// Loads and attaches the programs and begins the file at `output`.
+    ///
+    /// # Errors
+    /// Those of [`Programs::load`]; [`Error::Program`] when an essential source has no way;
+    /// [`Error::Usdt`] without uprobes; [`Error::Recording`].
+    pub fn start(
+        object: &[u8],
+        options: Options,
+        wanted: Vec<Pattern>,
+        output: &Path,
+    ) -> Result<Self, Error> {
+        let uprobes = Uprobes::discover()?;
+        let mut programs = Programs::load(object, options)?;
+        let coverage = programs.attach()?;
+        for covered in coverage
+            .iter()
+            .filter(|covered| covered.source.is_essential())
+        {
+            if covered.way.is_none() {
+                return Err(Error::Refused {
+                    what: covered.source.name(),
+                    why: covered
+                        .refused
+                        .last()
+                        .map_or_else(String::new, |last| last.why.clone()),
+                });
+            }
+        }
+        let now = Instant::now();
+        Ok(Self {
+            writer: Writer::create(output, header(&coverage))?,
+            programs,
+            coverage,
+            uprobes,
+            attached: Vec::new(),
+            processes: Vec::new(),
+            wanted,
+            translator: Translator::default(),
+            out: HashMap::new(),
+            gap_ns: options.gap_ns,
+            frames: Vec::new(),
+            events: 0,
+            lost: 0,
+            flushed: now,
+            looked: now,
+            // Not granted in a container, for one; the recording then does without the figure.
+            stats: enable_stats(Stats::RunTime).ok(),
+        })
+    }
+
+    /// How each source of events is covered.
+    pub fn coverage(&self) -> &[Coverage] {
+        &self.coverage
+    }
+
+    /// Attaches to a process; what it does from here on is recorded. Gives the number of probe
+    /// sites.
+    ///
+    /// # Errors
+    /// [`Error::System`] without such a process, [`Error::Usdt`] and [`Error::TooManySites`].
+    pub fn add(&mut self, pid: u32) -> Result<usize, Error> {
+        let process = Process::open(pid)?;
+        let added = self.translator.sites.add(&process.exe(), &self.wanted)?;
+        for (cookie, spec) in &added.specs {
+            self.programs.set_site(*cookie, spec)?;
+        }
+        for probe in added.probes {
+            self.writer.write(&Frame::Probe(probe))?;
+        }
+        self.writer.write(&Frame::Process(process.describe()))?;
+        let program = self
+            .programs
+            .usdt_program()
+            .ok_or(Error::Foreign("usdt_plain"))?;
+        for site in &added.sites {
+            self.attached.push(self.uprobes.attach(
+                program,
+                &process.exe(),
+                site.offset,
+                site.semaphore,
+                Some(pid),
+                site.cookie.into(),
+            )?);
+        }
+        self.translator.fds.scan(pid);
+        self.programs.add_target(pid)?;
+        self.processes.push(process);
+        Ok(added.sites.len())
+    }
+
+    /// Whether any of the processes still lives.
+    pub fn is_anyone_alive(&self) -> bool {
+        self.processes.iter().any(|process| !process.ended)
+    }
+
+    /// Waits for at most one tick, and writes what has arrived.
+    ///
+    /// # Errors
+    /// [`Error::System`], [`Error::Map`] and [`Error::Recording`].
+    pub fn turn(&mut self) -> Result<(), Error> {
+        let ended = self.wait()?;
+        self.drain()?;
+        for pid in ended {
+            self.programs.remove_target(pid)?;
+            self.translator.fds.forget(pid);
+        }
+        self.check_lost()?;
+        if self.looked.elapsed() >= LOOK {
+            self.looked = Instant::now();
+            self.look_for_paused()?;
+        }
+        if self.flushed.elapsed() >= FLUSH {
+            self.flushed = Instant::now();
+            self.writer.flush()?;
+        }
+        Ok(())
+    }
+
+    /// Detaches, writes what is left and ends the file.
+    ///
+    /// # Errors
+    /// [`Error::Map`] and [`Error::Recording`].
+    pub fn finish(mut self) -> Result<Summary, Error> {
+        for process in &self.processes {
+            self.programs.remove_target(process.pid)?;
+        }
+        self.attached.clear();
+        self.drain()?;
+        self.check_lost()?;
+        for (tid, edges) in self.programs.runs() {
+            self.frames.push(self.translator.edges(tid, &edges));
+        }
+        for process in self.processes.iter().filter(|process| !process.ended) {
+            self.frames.extend(self.translator.threads_of(process.pid));
+        }
+        let bpf = self
+            .stats
+            .take()
+            .and_then(|_open| self.programs.cost().ok());
+        let cost = Cost {
+            events: self.events,
+            bpf_runs: bpf.map(|(runs, _)| runs),
+            bpf_ns: bpf.map(|(_, ns)| ns),
+            cpu_ns: clock::own_cpu(),
+        };
+        self.frames.push(Frame::Clock(clock::anchor()));
+        self.frames.push(Frame::Cost(cost));
+        self.write_frames()?;
+        self.writer.finish(clock::monotonic())?;
+        Ok(Summary {
+            cost,
+            lost: self.lost,
+        })
+    }
+
+    /// Waits until the ring buffer fills, a process ends or the tick is over; gives the processes
+    /// that ended. A signal ends the wait too.
+    fn wait(&mut self) -> Result<Vec<u32>, Error> {
+        let records = self.programs.records_fd();
+        let mut fds = vec![PollFd::from_borrowed_fd(records, PollFlags::IN)];
+        let alive = || self.processes.iter().filter(|process| !process.ended);
+        fds.extend(alive().map(|process| PollFd::new(&process.pidfd, PollFlags::IN)));
+        let tick = Timespec {
+            tv_sec: 0,
+            tv_nsec: i64::from(TICK.subsec_nanos()),
+        };
+        match poll(&mut fds, Some(&tick)) {
+            Ok(_) | Err(Errno::INTR) => {}
+            Err(error) => {
+                let what = "wait for events".to_string();
+                return Err(Error::System {
+                    what,
+                    source: io::Error::from(error),
+                });
+            }
+        }
+        let readable = fds.iter().skip(1).map(|fd| !fd.revents().is_empty());
+        let ended: Vec<_> = alive()
+            .zip(readable)
+            .filter(|(_, ended)| *ended)
+            .map(|(one, _)| one.pid)
+            .collect();
+        for process in &mut self.processes {
+            process.ended |= ended.contains(&process.pid);
+        }
+        Ok(ended)
+    }
+
+    fn drain(&mut self) -> Result<(), Error> {
+        while let Some(record) = self.programs.records.next() {
+            self.events += 1;
+            self.translator.translate(&record, &mut self.frames);
+            for frame in self.frames.drain(..) {
+                self.writer.write(&frame)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn check_lost(&mut self) -> Result<(), Error> {
+        let lost = self.programs.lost()?;
+        if lost > self.lost {
+            let count = lost - self.lost;
+            self.lost = lost;
+            self.writer.write(&Frame::Lost {
+                at_ns: clock::monotonic(),
+                count,
+            })?;
+        }
+        Ok(())
+    }
+
+    /// Writes the edges of vCPUs that have left `KVM_RUN` and stay out.
+    fn look_for_paused(&mut self) -> Result<(), Error> {
+        let now = clock::monotonic();
+        for (tid, edges) in self.programs.runs() {
+            let out = edges.exit >= edges.enter && now.saturating_sub(edges.exit) > self.gap_ns;
+            if out && self.out.insert(tid, edges.exit) != Some(edges.exit) {
+                self.frames.push(self.translator.edges(tid, &edges));
+            }
+        }
+        self.write_frames()
+    }
+
+    fn write_frames(&mut self) -> Result<(), Error> {
+        for frame in self.frames.drain(..) {
+            self.writer.write(&frame)?;
+        }
+        Ok(())
+    }
+}
+
+fn header(coverage: &[Coverage]) -> Header {
+    let system = rustix::system::uname();
+    let mut backends = Vec::new();
+    for way in coverage.iter().filter_map(|covered| covered.way) {
+        // "uprobe (sleepable)" is a kind of uprobe.
+        let kind = way.split(' ').next().unwrap_or(way).to_string();
+        if !backends.contains(&kind) {
+            backends.push(kind);
+        }
+    }
+    Header {
+        tool: env!("CARGO_PKG_VERSION").to_string(),
+        kernel: system.release().to_string_lossy().into_owned(),
+        arch: system.machine().to_string_lossy().into_owned(),
+        hostname: system.nodename().to_string_lossy().into_owned(),
+        boot_id: process::line("/proc/sys/kernel/random/boot_id"),
+        backends,
+        clock: clock::anchor(),
+    }
+}
