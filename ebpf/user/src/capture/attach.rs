@@ -10,7 +10,7 @@ use aya::Btf;
 use aya::programs::{Program, ProgramError};
 use blackout_abi::event::Function;
 
-use super::{Error, Programs};
+use super::{Error, Programs, kernel};
 
 /// What events are about.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -196,6 +196,7 @@ impl Programs {
     /// # Errors
     /// [`Error::Foreign`], if the object lacks a program. What the kernel refuses is no error here.
     pub fn attach(&mut self) -> Result<Vec<Coverage>, Error> {
+        kernel::mount_tracefs();
         Source::all()
             .into_iter()
             .map(|source| self.cover(source))

@@ -6,6 +6,7 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
+use rustix::mount::{MountFlags, mount};
 use rustix::thread::{CapabilitySet, capabilities};
 
 use super::Error;
@@ -52,6 +53,17 @@ pub(super) fn pid_namespace() -> Result<(u64, u64), Error> {
         FIRST_PID_NAMESPACE => (0, 0),
         inode => (namespace.dev(), inode),
     })
+}
+
+/// Mounts tracefs at its place where no one has, as trace-cmd and perf do too: systemd does it at
+/// boot, but minimal systems and containers do not. Without the right to do so nothing happens, and
+/// attaching says what is missing.
+pub(super) fn mount_tracefs() {
+    let [place, elsewhere] = TRACEFS.map(|root| Path::new(root).join("events"));
+    if !place.exists() && !elsewhere.exists() {
+        let flags = MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC;
+        let _ = mount("tracefs", TRACEFS[0], "tracefs", flags, None);
+    }
 }
 
 /// One thing that attaching depends on.

@@ -1,5 +1,8 @@
 //! The command line: one file a verb, each with its arguments and one function `run`.
 
+mod doctor;
+mod list;
+mod record;
 mod report;
 
 use std::process::ExitCode;
@@ -29,7 +32,10 @@ Exit codes:
 
 #[derive(Debug, Subcommand)]
 enum Verb {
+    Record(record::Args),
     Report(report::Args),
+    List(list::Args),
+    Doctor(doctor::Args),
 }
 
 /// How a verb ended, as the shell sees it. Code 2 is left to verdicts that stay open.
@@ -59,6 +65,9 @@ impl From<Outcome> for ExitCode {
 /// Whatever kept it from running, as a chain of causes that begins with what was tried.
 pub fn run(cli: Cli) -> anyhow::Result<Outcome> {
     match cli.verb {
+        Verb::Record(args) => record::run(&args),
         Verb::Report(args) => report::run(&args),
+        Verb::List(args) => list::run(&args),
+        Verb::Doctor(args) => doctor::run(&args),
     }
 }
