@@ -11,5 +11,6 @@ pub mod payload;
 pub mod probes;
 pub mod qmp;
 pub mod runstate;
+pub mod socket;
 pub mod spanlog;
 pub mod vcpu;

@@ -1,2 +1,101 @@
-//! Stands in until its first verb lands.
-fn main() {}
+//! Arguments → [`Machine`] → QMP loop.
+
+mod args;
+mod console;
+mod logging;
+mod signals;
+
+use std::process::ExitCode;
+use std::sync::mpsc::{self, Receiver};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+
+use anyhow::{Context, Result};
+use vmm::control::{vm_start, vm_stop};
+use vmm::machine::{Config, Machine, SharedMachine};
+use vmm::qmp::{Hub, Monitor, Server};
+use vmm::runstate::{Event, Request, RunState};
+
+use crate::args::Args;
+
+fn main() -> ExitCode {
+    match run(args::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("blackout-vmm: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(args: Args) -> Result<()> {
+    let _trace = logging::start(&args)?;
+    let (sender, requests) = mpsc::channel();
+    // Before any other thread is there: they inherit the blocked signals.
+    signals::watch(sender.clone()).context("can't watch for signals")?;
+
+    let hub = Hub::start().context("can't start the QMP hub")?;
+    let (output, input) = console::open(&args.serial)?;
+    let config = Config {
+        ram_size: args.memory.0,
+        vcpus: args.cpus,
+        payload: args.payload.filter(|_| args.incoming.is_none()),
+        cmdline: args.cmdline,
+        console: output,
+    };
+    let mut machine = Machine::new(config, hub.events(), &sender)?;
+    machine.set_autostart(!args.paused);
+    if args.incoming.is_some() {
+        machine.set_state(RunState::Inmigrate)?;
+    }
+    let _console = input
+        .feed(machine.serial().clone())
+        .context("the console")?;
+
+    let machine = Arc::new(Mutex::new(machine));
+    let monitor = Monitor {
+        machine: Arc::clone(&machine),
+        name: args.name,
+        requests: sender,
+    };
+    let _server = match &args.qmp {
+        Some(address) => Some(Server::start(address, Arc::new(monitor), hub)?),
+        None => None,
+    };
+    if args.incoming.is_none() && !args.paused {
+        vm_start(&mut lock(&machine))?;
+    }
+    main_loop(&machine, &requests);
+    Ok(())
+}
+
+/// Serves the machine until it is to end.
+fn main_loop(machine: &SharedMachine, requests: &Receiver<Request>) {
+    for request in requests {
+        match request {
+            Request::Shutdown => return end(machine, true, "guest-shutdown"),
+            // A machine can't be reset yet: the guest's wish ends it, as under QEMU's -no-reboot.
+            Request::Reset => return end(machine, true, "guest-reset"),
+            Request::Quit => return end(machine, false, "host-qmp-quit"),
+            Request::Signal => return end(machine, false, "host-signal"),
+            Request::InternalError(why) => {
+                tracing::error!("{why}: the guest is stopped");
+                if let Err(error) = vm_stop(&mut lock(machine), RunState::InternalError, true) {
+                    tracing::error!("{error}");
+                }
+            }
+        }
+    }
+}
+
+/// Says why the machine ends. The lock is what makes it wait for a switchover that is under way.
+fn end(machine: &SharedMachine, guest: bool, reason: &'static str) {
+    let machine = lock(machine);
+    machine.emit(Event::Shutdown { guest, reason });
+    if let Err(error) = machine.serial().flush() {
+        tracing::warn!("the console's last output is lost: {error}");
+    }
+}
+
+fn lock(machine: &SharedMachine) -> MutexGuard<'_, Machine> {
+    machine.lock().unwrap_or_else(PoisonError::into_inner)
+}

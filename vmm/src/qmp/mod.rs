@@ -8,6 +8,7 @@ mod arguments;
 mod commands;
 mod hub;
 mod json;
+mod monitor;
 mod server;
 mod session;
 #[cfg(test)]
@@ -17,5 +18,6 @@ mod wire;
 pub use address::{Address, AddressError};
 pub use commands::{Backend, Change};
 pub use hub::Hub;
+pub use monitor::Monitor;
 pub use server::{Server, ServerError};
 pub use wire::Error;

@@ -1,11 +1,8 @@
 //! The listener, and two threads for each client: one reads and answers, one writes.
 
-use std::fs;
 use std::io::{self, Read, Write};
 use std::os::fd::AsRawFd;
-use std::os::unix::fs::{FileTypeExt, MetadataExt};
 use std::os::unix::net::{UnixListener, UnixStream};
-use std::path::{Path, PathBuf};
 use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver};
 use std::thread::{self, JoinHandle};
@@ -18,27 +15,19 @@ use super::hub::{BACKLOG, Client, ClientId, Hub, Line};
 use super::json::Framer;
 use super::session::Session;
 use super::wire;
+use crate::socket::{self, SocketFile};
 
 /// Clients that may be connected at once; a further one is turned away.
 pub(super) const MAX_CLIENTS: usize = 32;
 
-/// The server can't listen.
+/// The server can't start.
 #[derive(Debug, thiserror::Error)]
+#[error("QMP")]
 pub enum ServerError {
-    /// Another process answers on that socket.
-    #[error("QMP socket {}: another process listens on it", .0.display())]
-    InUse(PathBuf),
-    /// Something else has that name.
-    #[error("QMP socket {}: a file of that name is there, and it is no socket", .0.display())]
-    NotASocket(PathBuf),
-    /// The system refused.
-    #[error("can't listen on the QMP socket {}", path.display())]
-    Listen {
-        /// The socket.
-        path: PathBuf,
-        /// Why.
-        source: io::Error,
-    },
+    /// Its socket can't be had.
+    Listen(#[from] socket::Error),
+    /// Its thread can't be started.
+    Thread(#[source] io::Error),
 }
 
 /// A listening server. When it is dropped it takes no more clients, lets those that are there have
@@ -47,9 +36,8 @@ pub struct Server {
     listener: UnixListener,
     acceptor: Option<JoinHandle<()>>,
     hub: Hub,
-    path: PathBuf,
-    /// Device and inode of the socket: only that file is removed at the end.
-    file: (u64, u64),
+    /// Its drop, the last one here, removes the socket.
+    _file: SocketFile,
 }
 
 impl Server {
@@ -57,32 +45,24 @@ impl Server {
     /// socket that a dead process left behind is replaced.
     ///
     /// # Errors
-    /// Why the socket can't be had.
+    /// Why the socket or a thread can't be had.
     pub fn start(
         address: &Address,
         backend: Arc<dyn Backend>,
         hub: Hub,
     ) -> Result<Self, ServerError> {
-        let path = address.path.clone();
-        remove_stale(&path)?;
-        let failed = |source| ServerError::Listen {
-            path: path.clone(),
-            source,
-        };
-        let listener = UnixListener::bind(&path).map_err(failed)?;
-        let file = identity(&path).map_err(failed)?;
-        let accepting = listener.try_clone().map_err(failed)?;
+        let (listener, file) = socket::listen(&address.path)?;
+        let accepting = listener.try_clone().map_err(ServerError::Thread)?;
         let clients = hub.clone();
         let acceptor = thread::Builder::new()
             .name("qmp-accept".to_owned())
             .spawn(move || accept(&accepting, &backend, &clients))
-            .map_err(failed)?;
+            .map_err(ServerError::Thread)?;
         Ok(Server {
             listener,
             acceptor: Some(acceptor),
             hub,
-            path,
-            file,
+            _file: file,
         })
     }
 }
@@ -96,32 +76,6 @@ impl Drop for Server {
             let _ = acceptor.join();
         }
         self.hub.close();
-        if identity(&self.path).is_ok_and(|file| file == self.file) {
-            // Whoever removed it in between has done the work.
-            let _ = fs::remove_file(&self.path);
-        }
-    }
-}
-
-fn identity(path: &Path) -> io::Result<(u64, u64)> {
-    fs::symlink_metadata(path).map(|meta| (meta.dev(), meta.ino()))
-}
-
-/// Makes way for the socket, unless someone uses that name.
-fn remove_stale(path: &Path) -> Result<(), ServerError> {
-    let Ok(meta) = fs::symlink_metadata(path) else {
-        return Ok(());
-    };
-    if !meta.file_type().is_socket() {
-        return Err(ServerError::NotASocket(path.to_owned()));
-    }
-    match UnixStream::connect(path) {
-        Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => fs::remove_file(path)
-            .map_err(|source| ServerError::Listen {
-                path: path.to_owned(),
-                source,
-            }),
-        _ => Err(ServerError::InUse(path.to_owned())),
     }
 }
 

@@ -7,6 +7,7 @@ use serde::Serialize;
 use serde_json::{Map, Serializer, Value, json};
 
 use super::json;
+use crate::control;
 use crate::probes::Errno;
 use crate::runstate::Event;
 
@@ -55,6 +56,9 @@ pub enum Error {
     /// What was asked for can't be done in the state that the VM is in.
     #[error("{0}")]
     State(&'static str),
+    /// The VM could not be stopped or started.
+    #[error(transparent)]
+    Control(#[from] control::Error),
 }
 
 impl Error {
@@ -85,6 +89,7 @@ impl Errno for Error {
             Error::NotFound(_) => libc::ENOSYS,
             Error::NoCapability(_) => libc::ENOTSUP,
             Error::Negotiate | Error::Negotiated | Error::State(_) => libc::EBUSY,
+            Error::Control(error) => error.errno(),
             _ => libc::EINVAL,
         }
     }

@@ -4,8 +4,11 @@ use super::{Finding, Source};
 
 /// The modules, each of which may import those after it. `vmm/ARCHITECTURE.md` has the same order
 /// and says what each is for.
-const ORDER: [&str; 16] = [
+const ORDER: [&str; 20] = [
     "main",
+    "console",
+    "logging",
+    "signals",
     "args",
     "qmp",
     "migration",
@@ -20,6 +23,7 @@ const ORDER: [&str; 16] = [
     "runstate",
     "probes",
     "spanlog",
+    "socket",
     "lib",
 ];
 

@@ -1,0 +1,245 @@
+//! The command line.
+
+use std::fmt;
+use std::path::PathBuf;
+use std::str::FromStr;
+
+use blackout_abi::guest::{CMDLINE_MAX, MAX_VCPUS};
+use clap::Parser;
+use clap::error::ErrorKind;
+use vmm::migration::uri::Incoming;
+use vmm::qmp::Address;
+
+/// A KVM virtual machine monitor whose live migration can be seen through
+#[derive(Debug, Parser)]
+#[command(name = "blackout-vmm", version, after_help = EXIT_STATUS)]
+pub(crate) struct Args {
+    /// Program to boot: ELF, flat binary, or arm64 Image; a destination needs none
+    #[arg(
+        long,
+        value_name = "FILE",
+        required_unless_present = "incoming",
+        help_heading = "Machine"
+    )]
+    pub(crate) payload: Option<PathBuf>,
+
+    /// Guest RAM, as 128M or 4G
+    #[arg(
+        long,
+        value_name = "SIZE",
+        default_value = "128M",
+        help_heading = "Machine"
+    )]
+    pub(crate) memory: Size,
+
+    /// vCPUs
+    #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=MAX_VCPUS as i64), help_heading = "Machine")]
+    pub(crate) cpus: u32,
+
+    /// Command line for the guest
+    #[arg(long, value_name = "TEXT", default_value = "", value_parser = cmdline, help_heading = "Machine")]
+    pub(crate) cmdline: String,
+
+    /// Name of the VM, for query-name
+    #[arg(long, value_name = "NAME", help_heading = "Machine")]
+    pub(crate) name: Option<String>,
+
+    /// Serial console: stdio, null, file:PATH, or unix:PATH to listen for one client at a time
+    #[arg(
+        long,
+        value_name = "WHERE",
+        default_value = "stdio",
+        help_heading = "Machine"
+    )]
+    pub(crate) serial: Console,
+
+    /// Control socket: unix:PATH[,server=on][,wait=off]
+    #[arg(long, value_name = "ADDRESS", help_heading = "Control")]
+    pub(crate) qmp: Option<Address>,
+
+    /// Wait for QMP's `cont` before the guest runs
+    #[arg(short = 'S', long, help_heading = "Control")]
+    pub(crate) paused: bool,
+
+    /// Be a migration's destination: tcp:HOST:PORT, unix:PATH, or defer until `migrate-incoming`
+    #[arg(long, value_name = "URI", value_parser = Incoming::parse, help_heading = "Migration")]
+    pub(crate) incoming: Option<Incoming>,
+
+    /// Test mode: at the switchover, compare a checksum of all RAM on both sides
+    #[arg(long, help_heading = "Migration")]
+    pub(crate) verify_ram: bool,
+
+    /// Write a Chrome trace of the monitor's own spans, for Perfetto
+    #[arg(long, value_name = "FILE", help_heading = "Diagnostics")]
+    pub(crate) trace_chrome: Option<PathBuf>,
+
+    /// What to log to stderr, as debug or vmm=trace [default: RUST_LOG, or warn]
+    #[arg(long, value_name = "FILTER", help_heading = "Diagnostics")]
+    pub(crate) log: Option<String>,
+}
+
+const EXIT_STATUS: &str = "Exit status: 0 when the guest shut down or the monitor was told to \
+quit, 1 when something failed, 2 when the command line is wrong.";
+
+/// Parses the command line, or ends the process: with help on stdout, or with one line that says
+/// what is wrong and status 2.
+pub(crate) fn parse() -> Args {
+    Args::try_parse().unwrap_or_else(|error| {
+        if matches!(
+            error.kind(),
+            ErrorKind::DisplayHelp | ErrorKind::DisplayVersion
+        ) {
+            error.exit();
+        }
+        eprintln!("{}; see --help", one_line(&error));
+        std::process::exit(2);
+    })
+}
+
+/// clap's first paragraph, which has the message; usage and hints follow it.
+fn one_line(error: &clap::Error) -> String {
+    let text = error.to_string();
+    let paragraph = text.split("\n\n").next().unwrap_or_default();
+    let words: Vec<_> = paragraph.split_whitespace().collect();
+    words.join(" ")
+}
+
+fn cmdline(text: &str) -> Result<String, String> {
+    if text.len() > CMDLINE_MAX {
+        let length = text.len();
+        return Err(format!(
+            "{length} bytes, but the guest has room for {CMDLINE_MAX}"
+        ));
+    }
+    Ok(text.to_owned())
+}
+
+/// A number of bytes, written with its unit.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Size(pub(crate) u64);
+
+impl FromStr for Size {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let digits = text.trim_end_matches(|c: char| !c.is_ascii_digit());
+        let unit = text.get(digits.len()..).unwrap_or_default();
+        let shift = match unit {
+            "K" => 10,
+            "M" => 20,
+            "G" => 30,
+            "T" => 40,
+            "" => return Err("it has no unit; write K, M, G or T after the number".to_owned()),
+            _ => return Err(format!("unknown unit '{unit}'; known are K, M, G and T")),
+        };
+        let number: u64 = digits
+            .parse()
+            .map_err(|_| "expected a number and a unit, as 128M".to_owned())?;
+        match number.checked_mul(1 << shift) {
+            Some(0) => Err("a guest needs some memory".to_owned()),
+            Some(bytes) => Ok(Size(bytes)),
+            None => Err("more than 64 bits can count".to_owned()),
+        }
+    }
+}
+
+impl fmt::Display for Size {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{}K", self.0 >> 10)
+    }
+}
+
+/// Where the serial console goes.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub(crate) enum Console {
+    /// stdin and stdout.
+    Stdio,
+    /// Nowhere.
+    Null,
+    /// Output to a file, which is created or emptied.
+    File(PathBuf),
+    /// A unix socket that listens.
+    Unix(PathBuf),
+}
+
+impl FromStr for Console {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let (kind, path) = match text.split_once(':') {
+            Some((_, "")) => return Err("there is no path after the colon".to_owned()),
+            Some((kind, path)) => (kind, Some(PathBuf::from(path))),
+            None => (text, None),
+        };
+        match (kind, path) {
+            ("stdio", None) => Ok(Console::Stdio),
+            ("null", None) => Ok(Console::Null),
+            ("file", Some(path)) => Ok(Console::File(path)),
+            ("unix", Some(path)) => Ok(Console::Unix(path)),
+            _ => Err("expected stdio, null, file:PATH or unix:PATH".to_owned()),
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_definition_is_sound() {
+        Args::command().debug_assert();
+    }
+
+    #[test]
+    fn what_is_wrong_is_said_in_one_line() {
+        let rows = [
+            ("", "required arguments were not provided: --payload <FILE>"),
+            (
+                "--payload x --memory 128",
+                "'128' for '--memory <SIZE>': it has no unit",
+            ),
+            ("--payload x --memory 128Q", "unknown unit 'Q'"),
+            ("--payload x --memory M", "expected a number and a unit"),
+            ("--payload x --memory -1M", "unexpected argument"),
+            ("--payload x --memory 0G", "a guest needs some memory"),
+            (
+                "--payload x --memory 99999999T",
+                "more than 64 bits can count",
+            ),
+            ("--payload x --cpus 0", "0 is not in 1..=32"),
+            ("--payload x --cpus 33", "33 is not in 1..=32"),
+            (
+                "--payload x --serial file:",
+                "there is no path after the colon",
+            ),
+            (
+                "--payload x --serial tty",
+                "expected stdio, null, file:PATH or unix:PATH",
+            ),
+            ("--payload x --qmp tcp:1", "expected unix:PATH"),
+            ("--incoming nowhere", "unknown transport"),
+            ("--payload x --nope", "unexpected argument '--nope' found"),
+        ];
+        for (arguments, expected) in rows {
+            let arguments = arguments.split_whitespace();
+            let error = Args::try_parse_from(["vmm"].into_iter().chain(arguments)).unwrap_err();
+            let line = one_line(&error);
+            assert!(line.contains(expected), "{line}");
+            assert!(
+                line.starts_with("error: ") && !line.contains('\n'),
+                "{line}"
+            );
+        }
+    }
+
+    #[test]
+    fn sizes_and_consoles_are_read() {
+        for (text, bytes) in [("4K", 4 << 10), ("128M", 128 << 20), ("3T", 3 << 40)] {
+            assert_eq!(text.parse(), Ok(Size(bytes)));
+        }
+        assert_eq!("unix:/a:b".parse(), Ok(Console::Unix("/a:b".into())));
+        assert_eq!("null".parse(), Ok(Console::Null));
+    }
+}

@@ -1,0 +1,68 @@
+//! The verbs' real backend: the machine and its main loop.
+
+use std::sync::mpsc::Sender;
+use std::sync::{MutexGuard, PoisonError};
+
+use serde_json::{Value, json};
+
+use super::commands::{Backend, Change};
+use super::wire::Error;
+use crate::control::{vm_start, vm_stop};
+use crate::machine::{Machine, SharedMachine};
+use crate::runstate::{Request, RunState};
+
+/// A machine under control.
+pub struct Monitor {
+    /// The machine.
+    pub machine: SharedMachine,
+    /// The VM's name.
+    pub name: Option<String>,
+    /// To the main loop.
+    pub requests: Sender<Request>,
+}
+
+impl Monitor {
+    fn machine(&self) -> MutexGuard<'_, Machine> {
+        self.machine.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Backend for Monitor {
+    fn name(&self) -> Option<&str> {
+        self.name.as_deref()
+    }
+
+    fn run_state(&self) -> RunState {
+        self.machine().run_state()
+    }
+
+    fn change(&self, decide: fn(RunState) -> Result<Change, Error>) -> Result<(), Error> {
+        let mut machine = self.machine();
+        match decide(machine.run_state())? {
+            Change::Nothing => {}
+            Change::Start => vm_start(&mut machine)?,
+            Change::Stop => vm_stop(&mut machine, RunState::Paused, false)?,
+            Change::Autostart(on) => machine.set_autostart(on),
+        }
+        Ok(())
+    }
+
+    fn migrate(&self, _uri: &str) -> Result<(), Error> {
+        Err(Error::State("migration is not available"))
+    }
+
+    fn migrate_incoming(&self, _uri: &str) -> Result<(), Error> {
+        Err(Error::State("migration is not available"))
+    }
+
+    fn migrate_cancel(&self) {}
+
+    fn query_migrate(&self) -> Value {
+        json!({})
+    }
+
+    fn quit(&self) {
+        // The main loop only goes away with the process.
+        let _ = self.requests.send(Request::Quit);
+    }
+}
