@@ -2,6 +2,7 @@
 
 mod artifacts;
 mod build;
+mod ci;
 mod command;
 mod demo;
 mod kernel;
@@ -38,6 +39,8 @@ enum Verb {
     Test(test::Arguments),
     /// Hold the sources against the project's own rules.
     Tidy(tidy::Arguments),
+    /// Everything that a change has to pass.
+    Ci(ci::Arguments),
 }
 
 fn main() -> ExitCode {
@@ -48,6 +51,7 @@ fn main() -> ExitCode {
         Verb::Testbed(arguments) => testbed::run(&arguments),
         Verb::Test(arguments) => test::run(&arguments),
         Verb::Tidy(arguments) => tidy::run(&arguments),
+        Verb::Ci(arguments) => ci::run(&arguments),
     };
     match result {
         Ok(code) => ExitCode::from(code),

@@ -33,6 +33,18 @@ pub(crate) struct Arguments {
     filters: Vec<String>,
 }
 
+impl Arguments {
+    /// Every part, every test.
+    pub(crate) fn all(slow: bool) -> Self {
+        Self {
+            slow,
+            parts: Vec::new(),
+            kernel: Series::V6_12,
+            filters: Vec::new(),
+        }
+    }
+}
+
 /// Where a test runs.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 enum Part {

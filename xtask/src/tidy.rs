@@ -37,7 +37,7 @@ const ARCHITECTURE: [&str; 3] = [
 const PRIVATE_PATHS: [&str; 4] = ["/home/", "/work/", "/root/", "/tmp/w/"];
 
 /// Arguments of `cargo xtask tidy`.
-#[derive(clap::Args)]
+#[derive(clap::Args, Default)]
 pub(crate) struct Arguments {
     /// Bring the generated part of README.md up to date.
     #[arg(long)]

@@ -165,6 +165,11 @@ impl Choice {
         debian.then(|| choice(Toolchain::Debian, DEBIAN_TARGET))
     }
 
+    /// Whether the active toolchain was chosen.
+    pub(crate) fn is_active(&self) -> bool {
+        self.toolchain == Toolchain::Active
+    }
+
     /// A cargo command that builds for this choice; the caller adds what to build.
     pub(crate) fn cargo(&self, subcommand: &str) -> Result<Command> {
         let mut cargo = self.toolchain.cargo();
