@@ -4,24 +4,22 @@
 //! and tell each vCPU that it was stopped. x86-64 has no ITS; this is what its hop 7 is.
 
 use std::ffi::CStr;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use serde::{Deserialize, Serialize};
 
+use super::at_stop::AtStop;
 use crate::devices::{DeviceState, StateError, decode, encode};
 use crate::kvm::{self, Vcpu, Vm};
 use crate::probes::{self, Guarded};
 use crate::runstate::{CallbackError, RunState, StateHandler};
 
-/// The clock as it was when the VM stopped, ns; `None` until the first stop, when the guest's clock
-/// is KVM's own.
-type StoppedAt = Arc<Mutex<Option<u64>>>;
-
 /// The guest's clock: what travels to the destination. Its [handler](Clock::handler) shares it.
 #[derive(Clone, Debug)]
 pub(super) struct Clock {
     vm: Arc<Vm>,
-    stopped_at: StoppedAt,
+    /// ns.
+    stopped_at: AtStop<u64>,
 }
 
 /// Reads the clock on a stop, sets it on a start.
@@ -34,7 +32,7 @@ pub(super) struct ClockHandler {
 impl Clock {
     /// The clock of `vm`.
     pub(super) fn new(vm: Arc<Vm>) -> Self {
-        let stopped_at = StoppedAt::default();
+        let stopped_at = AtStop::default();
         Clock { vm, stopped_at }
     }
 
@@ -45,31 +43,17 @@ impl Clock {
             vcpus: vcpus.to_vec(),
         }
     }
-
-    fn set_stopped_at(&self, ns: u64) {
-        *self.lock() = Some(ns);
-    }
-
-    fn stopped_at(&self) -> Option<u64> {
-        *self.lock()
-    }
-
-    fn lock(&self) -> MutexGuard<'_, Option<u64>> {
-        self.stopped_at
-            .lock()
-            .unwrap_or_else(PoisonError::into_inner)
-    }
 }
 
 impl ClockHandler {
     fn stop(&self) -> Result<(), kvm::Error> {
         let ns = probes::kvm_get_clock().run(|_| self.clock.vm.clock())?;
-        self.clock.set_stopped_at(ns);
+        self.clock.stopped_at.set(ns);
         Ok(())
     }
 
     fn start(&self) -> Result<(), kvm::Error> {
-        let Some(ns) = self.clock.stopped_at() else {
+        let Some(ns) = self.clock.stopped_at.get() else {
             return Ok(());
         };
         probes::kvm_set_clock().run(|_| {
@@ -117,7 +101,7 @@ impl DeviceState for Clock {
     }
 
     fn save(&mut self) -> Result<Vec<u8>, StateError> {
-        let ns = match self.stopped_at() {
+        let ns = match self.stopped_at.get() {
             Some(ns) => ns,
             None => self.vm.clock()?,
         };
@@ -126,7 +110,7 @@ impl DeviceState for Clock {
 
     fn load(&mut self, version: u32, state: &[u8]) -> Result<(), StateError> {
         let Saved { ns } = decode(STATE_VERSION, version, state)?;
-        self.set_stopped_at(ns);
+        self.stopped_at.set(ns);
         Ok(())
     }
 }

@@ -1,14 +1,16 @@
-//! What KVM emulates outside the vCPUs: two PICs, the I/O APIC, the PIT; and their state.
+//! What KVM emulates outside the vCPUs: two PICs and the I/O APIC, whose state is here; the PIT and
+//! kvmclock, which have files of their own.
 
 use std::ffi::CStr;
 use std::sync::{Arc, Mutex};
 
 use kvm_bindings::{
-    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_irqchip, kvm_pit_state2,
+    KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, kvm_irqchip,
 };
 use serde::{Deserialize, Serialize};
 
 use super::clock::Clock;
+use super::pit::Pit;
 use super::{Error, layout};
 use crate::devices::{DeviceState, StateError, decode, encode};
 use crate::kvm::{Vcpu, Vm};
@@ -19,15 +21,18 @@ use crate::runstate::StateHandler;
 pub struct Irqchip {
     vm: Arc<Vm>,
     clock: Clock,
+    pit: Pit,
 }
 
 impl Irqchip {
     /// Creates them, before the vCPUs: a vCPU gets its local APIC when it is created.
     pub fn create(vm: &Arc<Vm>, _vcpus: u32) -> Result<Self, Error> {
         vm.create_irqchip(layout::KVM_TSS, layout::KVM_IDENTITY_MAP)?;
-        let clock = Clock::new(Arc::clone(vm));
-        let vm = Arc::clone(vm);
-        Ok(Irqchip { vm, clock })
+        Ok(Irqchip {
+            clock: Clock::new(Arc::clone(vm)),
+            pit: Pit::new(Arc::clone(vm)),
+            vm: Arc::clone(vm),
+        })
     }
 
     /// Nothing is left to do once the vCPUs exist.
@@ -37,26 +42,33 @@ impl Irqchip {
 
     /// What must be told when the VM starts and stops; `vcpus` are all that it has.
     pub fn handlers(&self, vcpus: &[Arc<Mutex<Vcpu>>]) -> Vec<Box<dyn StateHandler>> {
-        vec![Box::new(self.clock.handler(vcpus))]
+        vec![
+            Box::new(self.clock.handler(vcpus)),
+            Box::new(self.pit.clone()),
+        ]
     }
 
     /// Makes the ioctl that the handler called `handler` makes on a stop, alone: without a span,
     /// so that a benchmark can tell what the handler adds. The VM must be stopped. `false` when
     /// there is no such handler.
     pub fn bare_stop(&self, handler: &CStr) -> Result<bool, Error> {
-        let known = handler == c"kvmclock";
-        if known {
-            self.vm.clock()?;
+        match handler.to_bytes() {
+            b"kvmclock" => self.vm.clock().map(drop)?,
+            b"pit" => self.vm.pit().map(drop)?,
+            _ => return Ok(false),
         }
-        Ok(known)
+        Ok(true)
     }
 
     /// What migrates, in the order in which it is loaded: after the vCPUs, because the I/O APIC
     /// raises again what is pending and needs the local APICs to take it.
     pub fn devices(&self) -> Vec<Box<dyn DeviceState>> {
         let chips = Chips(Arc::clone(&self.vm));
-        let pit = Pit(Arc::clone(&self.vm));
-        vec![Box::new(chips), Box::new(pit), Box::new(self.clock.clone())]
+        vec![
+            Box::new(chips),
+            Box::new(self.pit.clone()),
+            Box::new(self.clock.clone()),
+        ]
     }
 }
 
@@ -104,33 +116,5 @@ impl DeviceState for Chips {
             self.0.set_irqchip(chip)?;
         }
         Ok(())
-    }
-}
-
-/// The interval timer.
-struct Pit(Arc<Vm>);
-
-#[derive(Serialize, Deserialize)]
-struct SavedPit {
-    pit: kvm_pit_state2,
-}
-
-impl DeviceState for Pit {
-    fn name(&self) -> &CStr {
-        c"pit"
-    }
-
-    fn version(&self) -> u32 {
-        STATE_VERSION
-    }
-
-    fn save(&mut self) -> Result<Vec<u8>, StateError> {
-        let pit = self.0.pit()?;
-        encode(&SavedPit { pit })
-    }
-
-    fn load(&mut self, version: u32, state: &[u8]) -> Result<(), StateError> {
-        let SavedPit { pit } = decode(STATE_VERSION, version, state)?;
-        Ok(self.0.set_pit(&pit)?)
     }
 }

@@ -1,14 +1,16 @@
 //! x86-64: a PC's interrupt controllers, PIT and COM1, and no firmware.
 //!
 //! `layout` is the address map, `boot` puts the payload and its page tables there, `cpuid` and
-//! `vcpu` are what a vCPU can do and the state it is in, `irqchip` is everything outside the
-//! vCPUs that KVM emulates, `clock` is hop [7], `power` is how a guest switches itself off.
+//! `vcpu` are what a vCPU can do and the state it is in, `irqchip` and `pit` are what KVM emulates
+//! outside the vCPUs, `clock` is hop [7], `power` is how a guest switches itself off.
 
+mod at_stop;
 mod boot;
 mod clock;
 mod cpuid;
 mod irqchip;
 mod layout;
+mod pit;
 mod power;
 mod vcpu;
 
