@@ -1,0 +1,335 @@
+//! What the stop handlers cost: the monitor's own machine, stop, save, load and start, in one
+//! process and without a wire. `cargo xtask bench its` runs it in the testbed, whose clock counts
+//! instructions.
+//!
+//! Prints one JSON object a line for each size of the ITS. Times are in ns of `CLOCK_MONOTONIC`.
+
+use std::ffi::CStr;
+use std::io;
+use std::mem::offset_of;
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::str::FromStr;
+use std::sync::mpsc;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, bail, ensure};
+use blackout_abi::guest::{self, SharedPage, command, state};
+use clap::Parser;
+use serde_json::json;
+use vmm::control::{vm_start, vm_stop};
+use vmm::machine::{Config, Machine};
+use vmm::runstate::{EventSender, RunState};
+use vmm::spanlog::{SpanLog, SpanRecord, monotonic_ns};
+
+/// How long the guest may take for its setup or for one command.
+const LIMIT: Duration = Duration::from_secs(300);
+/// How long the guest runs between two stops.
+const PAUSE: Duration = Duration::from_millis(2);
+
+/// Measures what the ITS and GIC handlers add to their ioctls.
+#[derive(Parser)]
+#[command(name = "bench-its")]
+struct Arguments {
+    /// Sizes to measure, each DEVICESxEVENTS.
+    #[arg(required = true)]
+    sizes: Vec<Size>,
+    /// Stops of each guest.
+    #[arg(long, default_value_t = 9)]
+    stops: usize,
+    /// Machines into which each guest is restored.
+    #[arg(long, default_value_t = 3)]
+    restores: usize,
+    /// vCPUs.
+    #[arg(long, default_value_t = 1)]
+    cpus: u32,
+    /// Guest RAM, MiB.
+    #[arg(long, default_value_t = 32)]
+    memory: u64,
+    /// Also raise an LPI before the last stop, and every event after each restore.
+    #[arg(long)]
+    check: bool,
+}
+
+/// Devices and events of each.
+#[derive(Clone, Copy, Debug)]
+struct Size {
+    devices: u64,
+    events: u64,
+}
+
+impl FromStr for Size {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let parse = |number: &str| number.parse::<u64>().map_err(|e| e.to_string());
+        let (devices, events) = text.split_once('x').ok_or("want DEVICESxEVENTS")?;
+        Ok(Size {
+            devices: parse(devices)?,
+            events: parse(events)?,
+        })
+    }
+}
+
+fn main() -> ExitCode {
+    let arguments = Arguments::parse();
+    let measure = || {
+        for &size in &arguments.sizes {
+            println!("{}", measure(&arguments, size)?);
+        }
+        Ok(())
+    };
+    let result: Result<()> = measure();
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn measure(arguments: &Arguments, size: Size) -> Result<serde_json::Value> {
+    let payload = harness::programs::guest()?;
+    let mut source = Guest::boot(arguments, size, &payload)?;
+    let mut stops = Stops::default();
+    for _ in 1..arguments.stops {
+        stops.stop(&mut source.machine)?;
+        vm_start(&mut source.machine)?;
+        thread::sleep(PAUSE);
+    }
+    if arguments.check {
+        source.command(command::RAISE_MASKED, size.devices * size.events / 2)?;
+    }
+    stops.stop(&mut source.machine)?;
+    let mut loads = Loads::default();
+    for _ in 0..arguments.restores {
+        let mut destination = loads.load(arguments, &mut source)?;
+        if arguments.check {
+            destination.check(size)?;
+        }
+    }
+    Ok(json!({
+        "devices": size.devices,
+        "events": size.events,
+        "vcpus": arguments.cpus,
+        "its": stops.its.summary(),
+        "gicv3": stops.gic.summary(),
+        "save": loads.save,
+        "its_restore_tables": summary(&loads.its),
+        "gic_restore_pending_tables": summary(&loads.gic),
+        "load": loads.load,
+    }))
+}
+
+/// A machine with the bare-metal guest in it.
+struct Guest {
+    machine: Machine,
+}
+
+impl Guest {
+    /// A machine whose guest has set itself up and runs.
+    fn boot(arguments: &Arguments, size: Size, payload: &Path) -> Result<Self> {
+        let Size { devices, events } = size;
+        let cmdline = format!("its_devices={devices} its_events={events}");
+        let mut guest = Guest::build(arguments, Some(payload.to_owned()), cmdline)?;
+        vm_start(&mut guest.machine)?;
+        guest.wait(|guest| match guest.load(offset_of!(SharedPage, state))? {
+            state::BOOTING => Ok(false),
+            state::READY => Ok(true),
+            _ => bail!(
+                "setup failed: {}",
+                guest.load(offset_of!(SharedPage, error))?
+            ),
+        })?;
+        Ok(guest)
+    }
+
+    fn build(arguments: &Arguments, payload: Option<PathBuf>, cmdline: String) -> Result<Self> {
+        let config = Config {
+            ram_size: arguments.memory << 20,
+            vcpus: arguments.cpus,
+            payload,
+            cmdline,
+            console: Box::new(io::sink()),
+        };
+        let machine = Machine::new(config, EventSender::new(|_| {}), &mpsc::channel().0)?;
+        Ok(Guest { machine })
+    }
+
+    /// Has the guest carry out a command.
+    fn command(&self, command: u64, argument: u64) -> Result<[u64; 2]> {
+        let sequence = self.load(offset_of!(SharedPage, command_seq))? + 1;
+        self.store(offset_of!(SharedPage, argument), argument)?;
+        self.store(offset_of!(SharedPage, command), command)?;
+        self.store(offset_of!(SharedPage, command_seq), sequence)?;
+        self.wait(|guest| Ok(guest.load(offset_of!(SharedPage, done_seq))? == sequence))?;
+        let result = self.load(offset_of!(SharedPage, result))?;
+        Ok([result, self.load(offset_of!(SharedPage, result2))?])
+    }
+
+    /// Runs the restored guest: the LPI that was pending comes, and so does every event.
+    fn check(&mut self, size: Size) -> Result<()> {
+        vm_start(&mut self.machine)?;
+        let [lpi, count] = self.command(command::TAKE_PENDING, 0)?;
+        ensure!(
+            lpi != 0 && count == 1,
+            "the pending LPI: {lpi}, {count} times"
+        );
+        let [right, wrong] = self.command(command::CHECK_EVENTS, 0)?;
+        let all = size.devices * size.events;
+        ensure!(
+            right == all && wrong == 0,
+            "{right} of {all} events came, {wrong} did not"
+        );
+        eprintln!("{size:?}: LPI {lpi} was pending and came, and so did {right} events");
+        Ok(())
+    }
+
+    fn wait(&self, done: impl Fn(&Self) -> Result<bool>) -> Result<()> {
+        let deadline = Instant::now() + LIMIT;
+        while !done(self)? {
+            ensure!(
+                Instant::now() < deadline,
+                "the guest took longer than {LIMIT:?}"
+            );
+            thread::sleep(PAUSE);
+        }
+        Ok(())
+    }
+
+    fn load(&self, offset: usize) -> Result<u64> {
+        let mut value = [0; 8];
+        self.machine.ram().read(shared(offset), &mut value)?;
+        Ok(u64::from_le_bytes(value))
+    }
+
+    fn store(&self, offset: usize, value: u64) -> Result<()> {
+        let bytes = value.to_le_bytes();
+        Ok(self.machine.ram().write(shared(offset), &bytes)?)
+    }
+}
+
+/// Guest-physical address of a byte of the shared page.
+fn shared(offset: usize) -> u64 {
+    guest::AARCH64_BOOT_PAGE + guest::SHARED_PAGE_OFFSET + offset as u64
+}
+
+/// What stops took.
+#[derive(Default)]
+struct Stops {
+    its: Handler,
+    gic: Handler,
+}
+
+impl Stops {
+    /// Stops the machine as a migration would, then makes the handlers' ioctls again, alone.
+    fn stop(&mut self, machine: &mut Machine) -> Result<()> {
+        let log = SpanLog::open();
+        vm_stop(machine, RunState::Paused, false)?;
+        let spans = log.finish();
+        self.its.add(machine, &spans, c"its")?;
+        self.gic.add(machine, &spans, c"gicv3")
+    }
+}
+
+/// What one handler took in each stop.
+#[derive(Default)]
+struct Handler {
+    /// Its callback: the span `vm_state_handler`.
+    whole: Vec<u64>,
+    /// Its ioctl within that: the span `kvm_device_access`.
+    inner: Vec<u64>,
+    /// The same ioctl alone, afterwards.
+    bare: Vec<u64>,
+}
+
+impl Handler {
+    fn add(&mut self, machine: &Machine, spans: &[SpanRecord], name: &CStr) -> Result<()> {
+        let is_whole = |span: &&SpanRecord| {
+            span.name == "vm_state_handler" && span.detail.as_deref() == name.to_str().ok()
+        };
+        // Each handler has two callbacks; the second is the main one.
+        let whole = spans.iter().filter(is_whole).nth(1);
+        let whole = whole.with_context(|| format!("no handler {name:?}"))?;
+        let end = whole.start_ns + whole.duration_ns;
+        let inner = spans.iter().find(|span| {
+            span.name == "kvm_device_access" && (whole.start_ns..end).contains(&span.start_ns)
+        });
+        self.whole.push(whole.duration_ns);
+        self.inner
+            .push(inner.context("no ioctl in the handler")?.duration_ns);
+        let start = monotonic_ns();
+        let known = machine.irqchip().bare_stop(name)?;
+        self.bare.push(monotonic_ns() - start);
+        ensure!(known, "no ioctl of {name:?}");
+        Ok(())
+    }
+
+    fn summary(&self) -> serde_json::Value {
+        let added = median(&self.whole).saturating_sub(median(&self.bare));
+        json!({
+            "handler": summary(&self.whole),
+            "ioctl_in_handler": summary(&self.inner),
+            "ioctl_alone": summary(&self.bare),
+            "added": added,
+        })
+    }
+}
+
+/// What saving and loading took.
+#[derive(Default)]
+struct Loads {
+    its: Vec<u64>,
+    gic: Vec<u64>,
+    /// Per device, of the last time.
+    save: serde_json::Map<String, serde_json::Value>,
+    load: serde_json::Map<String, serde_json::Value>,
+}
+
+impl Loads {
+    /// Moves a stopped guest into a new machine.
+    fn load(&mut self, arguments: &Arguments, source: &mut Guest) -> Result<Guest> {
+        let mut destination = Guest::build(arguments, None, String::new())?;
+        let ram = source.machine.ram().clone();
+        let mut page = vec![0; 1 << 20];
+        for (start, size) in ram.regions() {
+            for gpa in (start..start + size).step_by(page.len()) {
+                ram.read(gpa, &mut page)?;
+                destination.machine.ram().write(gpa, &page)?;
+            }
+        }
+        let devices = source.machine.devices_mut();
+        for (from, to) in devices.iter_mut().zip(destination.machine.devices_mut()) {
+            let name = from.name().to_string_lossy().into_owned();
+            let start = monotonic_ns();
+            let state = from.save().with_context(|| format!("saving {name}"))?;
+            self.save
+                .insert(name.clone(), json!(monotonic_ns() - start));
+            let log = SpanLog::open();
+            let start = monotonic_ns();
+            to.load(from.version(), &state)
+                .with_context(|| format!("loading {name}"))?;
+            self.load.insert(name, json!(monotonic_ns() - start));
+            for span in log.finish() {
+                match span.name.as_ref() {
+                    "its_restore_tables" => self.its.push(span.duration_ns),
+                    "gic_restore_pending_tables" => self.gic.push(span.duration_ns),
+                    _ => {}
+                }
+            }
+        }
+        Ok(destination)
+    }
+}
+
+fn summary(times: &[u64]) -> serde_json::Value {
+    json!({ "first": times.first(), "median": median(times), "max": times.iter().max() })
+}
+
+fn median(times: &[u64]) -> u64 {
+    let mut sorted = times.to_vec();
+    sorted.sort_unstable();
+    sorted.get(sorted.len() / 2).copied().unwrap_or_default()
+}
