@@ -1,6 +1,7 @@
 //! The command line: one file a verb, each with its arguments and one function `run`.
 
 mod doctor;
+mod export;
 mod list;
 mod record;
 mod report;
@@ -34,6 +35,7 @@ Exit codes:
 enum Verb {
     Record(record::Args),
     Report(report::Args),
+    Export(export::Args),
     List(list::Args),
     Doctor(doctor::Args),
 }
@@ -67,6 +69,7 @@ pub fn run(cli: Cli) -> anyhow::Result<Outcome> {
     match cli.verb {
         Verb::Record(args) => record::run(&args),
         Verb::Report(args) => report::run(&args),
+        Verb::Export(args) => export::run(&args),
         Verb::List(args) => list::run(&args),
         Verb::Doctor(args) => doctor::run(&args),
     }

@@ -3,6 +3,8 @@
 //! The expected outputs are in `expected/`; `BLESS=1 cargo test -p blackout --test golden` rewrites
 //! them, and the diff is then for a person to judge.
 
+mod chrome;
+mod perfetto;
 mod report;
 mod scenarios;
 mod steps;

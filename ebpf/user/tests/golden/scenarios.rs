@@ -5,7 +5,7 @@
 
 use crate::steps::*;
 use crate::tape::Arg::{I, S, U};
-use crate::tape::Tape;
+use crate::tape::{Tape, Task};
 
 /// The pids of [`Pair::new`].
 pub(crate) const SOURCE: u32 = 700;
@@ -121,9 +121,19 @@ pub(crate) fn its_save_fails() -> Tape {
     pair.tape
 }
 
-/// `completed`, but one end probe was lost, one begin as well, and the recorder said so.
+/// `completed`, but one end probe was lost, the begins of another as well, and the recorder said
+/// so. And two ioctls of one thread overlap, as they cannot.
 pub(crate) fn lossy() -> Tape {
     let mut tape = completed();
+    let qmp = Task {
+        pid: SOURCE,
+        tid: SOURCE,
+    };
+    tape.set_attr(qmp, GIC, (1, 0), OK, |tape| {
+        tape.pass_us(10);
+    });
+    tape.function(qmp, "vgic_v3_attr_regs_access", 5, &[]);
+    tape.overlap_us(8);
     tape.lose(3);
     tape.without(SOURCE, "drain_end")
         .without(DESTINATION, "ram_load_begin")

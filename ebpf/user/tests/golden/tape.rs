@@ -284,6 +284,14 @@ impl Tape {
         }));
     }
 
+    /// Lets the last kernel function begin `us` earlier.
+    pub(crate) fn overlap_us(&mut self, us: u64) {
+        match self.frames.last_mut() {
+            Some(Frame::KernelFn(function)) => function.enter_ns -= us * 1_000,
+            other => panic!("{other:?} is no kernel function"),
+        }
+    }
+
     /// Keeps the frames that `keep` approves of.
     pub(crate) fn retain(mut self, keep: impl FnMut(&Frame) -> bool) -> Self {
         self.frames.retain(keep);

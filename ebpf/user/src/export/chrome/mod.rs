@@ -1,0 +1,188 @@
+//! Chrome's trace format, which chrome://tracing, Perfetto and speedscope read.
+//!
+//! One process is one group of rows: each of its threads has a row with its spans and moments, one
+//! below it with what the kernel did for that thread, and a vCPU's thread a third with its stays in
+//! KVM_RUN. Slices of one row nest. Arrows lead from a span to the ioctl that it made, and from
+//! where a message was sent to where it was read. Pids and tids are real; the rows that stand for
+//! no thread of their own are numbered from [`KERNEL_ROW`] and [`GUEST_ROW`] on.
+//!
+//! Time is the first recording's `CLOCK_MONOTONIC`, from the trace's first event on; `otherData`
+//! says when that was, how other hosts' clocks were laid over it, and what was lost.
+
+mod event;
+mod hosts;
+mod rows;
+
+use std::io::{self, Write};
+
+use serde::Serialize;
+use serde_json::{Value, json};
+
+use self::event::{Args, Event, Track};
+use self::hosts::Hosts;
+use crate::analysis::{Loaded, Migration, describe};
+
+/// Added to a thread's tid: the row of what the kernel did for it. Linux has no such tid.
+pub const KERNEL_ROW: u64 = 1 << 30;
+
+/// Added to a vCPU thread's tid: the row of its stays in KVM_RUN.
+pub const GUEST_ROW: u64 = 1 << 31;
+
+/// Writes the trace of `recordings`, among which `migrations` were found.
+///
+/// # Errors
+/// What `out` returns.
+pub fn write(
+    out: &mut impl Write,
+    recordings: &[Loaded],
+    migrations: &[Migration<'_>],
+) -> io::Result<()> {
+    let hosts = Hosts::new(recordings, migrations);
+    let other = other_data(&hosts, recordings);
+    write!(
+        out,
+        "{{\"displayTimeUnit\":\"ns\",\"otherData\":{other},\"traceEvents\":["
+    )?;
+    let mut writer = Events {
+        out,
+        any: false,
+        arrows: 0,
+    };
+    for (index, recording) in recordings.iter().enumerate() {
+        rows::write(&mut writer, &hosts, index, recording, migrations)?;
+    }
+    for (number, migration) in (0..).zip(migrations) {
+        phases(&mut writer, &hosts, migration, number)?;
+        messages(&mut writer, &hosts, migration)?;
+    }
+    writeln!(writer.out, "\n]}}")
+}
+
+/// The list of events, as it is written.
+struct Events<'w, W: Write> {
+    out: &'w mut W,
+    any: bool,
+    arrows: u64,
+}
+
+impl<W: Write> Events<'_, W> {
+    fn put(&mut self, event: &Event<'_>) -> io::Result<()> {
+        self.out.write_all(if self.any { b",\n" } else { b"\n" })?;
+        self.any = true;
+        event.serialize(&mut serde_json::Serializer::new(&mut *self.out))?;
+        Ok(())
+    }
+
+    /// An arrow from the slice that is open at `tail` to the one at `head`.
+    fn arrow(
+        &mut self,
+        name: &str,
+        cat: &str,
+        tail: (Track, i64),
+        head: (Track, i64),
+    ) -> io::Result<()> {
+        let id = self.arrows;
+        self.arrows += 1;
+        self.put(&Event::flow_start(name, cat, tail.0, tail.1, id))?;
+        self.put(&Event::flow_end(name, cat, head.0, head.1, id))
+    }
+}
+
+fn other_data(hosts: &Hosts, recordings: &[Loaded]) -> Value {
+    let clocks = recordings.iter().enumerate().map(|(index, recording)| {
+        let clock = hosts.clock(index);
+        json!({
+            "recording": recording.name,
+            "hostname": recording.header.hostname,
+            "kernel": recording.header.kernel,
+            "arch": recording.header.arch,
+            "backends": recording.header.backends,
+            "offset_ns": clock.offset_ns,
+            "error_ns": clock.error_ns,
+            "lost_events": recording.lost_events(),
+        })
+    });
+    let lost = recordings
+        .iter()
+        .fold(0u64, |sum, one| sum.saturating_add(one.lost_events()));
+    json!({
+        "tool": format!("blackout {}", env!("CARGO_PKG_VERSION")),
+        "clock": "CLOCK_MONOTONIC of the first recording's host",
+        "origin_ns": hosts.origin_ns(),
+        "recordings": clocks.collect::<Vec<_>>(),
+        "lost_events": lost,
+    })
+}
+
+/// The migration, its downtime and its blackout, as phases of the side that the axis follows.
+fn phases<W: Write>(
+    events: &mut Events<'_, W>,
+    hosts: &Hosts,
+    migration: &Migration<'_>,
+    number: u64,
+) -> io::Result<()> {
+    let Some(party) = migration.parties().next() else {
+        return Ok(());
+    };
+    let pid = hosts.pid(party.recording, party.pid);
+    let downtime = &migration.downtime;
+    let bounds = downtime
+        .bounds
+        .map(|bounds| (bounds.start_ns, bounds.end_ns));
+    let name = migration
+        .id
+        .map_or_else(|| "migration".into(), |id| format!("migration {id}"));
+    let all = Args::from_iter([
+        (
+            "status".to_owned(),
+            describe::printable(&migration.status).into(),
+        ),
+        ("explained".to_owned(), downtime.explained.into()),
+        ("lost_events".to_owned(), migration.lost_events.into()),
+    ]);
+    let phases = [
+        (name.as_str(), Some((0, migration.end_ns)), all),
+        ("downtime", bounds, Args::new()),
+        ("blackout", downtime.blackout, Args::new()),
+    ];
+    for (index, (name, range, args)) in (0..).zip(phases) {
+        let Some((start, end)) = range else { continue };
+        let id = number * 3 + index;
+        let at = |ns| hosts.on_axis(party, ns);
+        events.put(&Event::phase_begin(name, pid, at(start), id, args))?;
+        events.put(&Event::phase_end(name, pid, at(end.max(start)), id))?;
+    }
+    Ok(())
+}
+
+/// Arrows along the messages whose both ends lie in a span.
+fn messages<W: Write>(
+    events: &mut Events<'_, W>,
+    hosts: &Hosts,
+    migration: &Migration<'_>,
+) -> io::Result<()> {
+    for segment in &migration.wire {
+        let end = |is_sender: bool, tid: u32, ns: i64| {
+            let party = migration
+                .parties()
+                .find(|party| (party.side == segment.from) == is_sender)?;
+            let open = |span: &&_| rows::is_open(span, tid, ns);
+            party.spans.iter().find(open)?;
+            Some((
+                hosts.track(party.recording, party.pid, tid),
+                hosts.on_axis(party, ns),
+            ))
+        };
+        let tail = end(true, segment.sender, segment.sent_ns);
+        let head = end(false, segment.receiver, segment.received_ns);
+        if let (Some(tail), Some(head)) = (tail, head) {
+            events.arrow(
+                &describe::printable(&segment.describe()),
+                "wire",
+                tail,
+                head,
+            )?;
+        }
+    }
+    Ok(())
+}

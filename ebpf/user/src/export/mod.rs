@@ -1,0 +1,3 @@
+//! What other programs read: one format a file.
+
+pub mod chrome;

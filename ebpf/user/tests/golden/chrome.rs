@@ -1,0 +1,132 @@
+//! The Chrome trace, byte by byte and as Perfetto reads it.
+
+use blackout::analysis::{self, Loaded};
+use blackout::export::chrome;
+use blackout::recording::Reader;
+use serde_json::{Value, json};
+
+use crate::tape::Tape;
+use crate::{check, perfetto, scenarios};
+
+const ERRORS: &str = "select name, value from stats where severity = 'error' and value > 0";
+
+fn trace(tapes: &[Tape]) -> Vec<u8> {
+    let name = || "blackout.rec".to_owned();
+    let load = |tape: &Tape| {
+        let bytes = tape.bytes();
+        Loaded::read(name(), Reader::new(name(), bytes.as_slice()).unwrap()).unwrap()
+    };
+    let recordings: Vec<_> = tapes.iter().map(load).collect();
+    let mut trace = Vec::new();
+    chrome::write(&mut trace, &recordings, &analysis::find(&recordings)).unwrap();
+    serde_json::from_slice::<Value>(&trace).expect("a trace is JSON");
+    trace
+}
+
+/// Perfetto's rows, or `None` with a line that `cargo xtask test` counts.
+fn rows(trace: &[u8], statements: &[&str]) -> Option<Vec<Vec<Value>>> {
+    match perfetto::query(trace, statements) {
+        Ok(rows) => Some(rows),
+        Err(why) => {
+            let test = std::thread::current().name().unwrap_or("?").to_owned();
+            println!("SKIP: {test}: {why}");
+            None
+        }
+    }
+}
+
+#[test]
+fn the_trace_of_a_completed_migration() {
+    check("completed.trace.json", &trace(&[scenarios::completed()]));
+}
+
+#[test]
+fn the_trace_of_two_hosts() {
+    check("two_hosts.trace.json", &trace(&scenarios::two_hosts()));
+}
+
+#[test]
+fn perfetto_finds_no_error_in_any_trace() {
+    for tapes in [
+        &[scenarios::completed()][..],
+        &[scenarios::back_and_forth()],
+        &[scenarios::its_save_fails()],
+        &[scenarios::lossy()],
+        &scenarios::two_hosts(),
+        &[Tape::new("testbed")],
+    ] {
+        let Some(rows) = rows(&trace(tapes), &[ERRORS]) else {
+            return;
+        };
+        assert_eq!(rows, [[Value::Null; 0]]);
+    }
+}
+
+#[test]
+fn perfetto_would_find_one() {
+    // Two slices of one row that overlap in part: what the exporter must never write.
+    let slice = |ts, dur| json!({"ph": "X", "name": "x", "pid": 1, "tid": 1, "ts": ts, "dur": dur});
+    let trace = json!({"traceEvents": [slice(1, 10), slice(5, 10)]}).to_string();
+    let Some(rows) = rows(trace.as_bytes(), &[ERRORS]) else {
+        return;
+    };
+    assert_ne!(rows, [[Value::Null; 0]]);
+}
+
+#[test]
+fn perfetto_sees_every_slice_and_arrow() {
+    let trace = trace(&[scenarios::completed()]);
+    let written: Value = serde_json::from_slice(&trace).unwrap();
+    let count = |phase: &str| {
+        let events = written["traceEvents"].as_array().unwrap();
+        events.iter().filter(|event| event["ph"] == phase).count()
+    };
+    let Some(rows) = rows(
+        &trace,
+        &[
+            "select count(*) as n from slice",
+            "select count(*) as n from flow",
+            "select dur from slice where name = 'downtime'",
+            // The kernel's view of the save is the head of an arrow from the monitor's.
+            "select k.name as kernel, v.name as vmm, k.ts - v.ts as late \
+             from flow join slice k on k.id = flow.slice_in join slice v on v.id = flow.slice_out \
+             where k.name glob '*ITS_SAVE_TABLES'",
+            // The commit leads from the source's process to the destination's.
+            "select po.pid as pid_out, pi.pid as pid_in from flow \
+             join slice o on o.id = flow.slice_out join thread_track ot on ot.id = o.track_id \
+             join thread th on th.utid = ot.utid join process po on po.upid = th.upid \
+             join slice i on i.id = flow.slice_in join thread_track it on it.id = i.track_id \
+             join thread ti on ti.utid = it.utid join process pi on pi.upid = ti.upid \
+             where po.pid <> pi.pid order by flow.id",
+            "select t.name as name from thread t where t.name glob 'migration*' order by t.tid",
+        ],
+    ) else {
+        return;
+    };
+    assert_eq!(
+        rows[0],
+        [json!({"n": count("X") + count("i") + count("b")})]
+    );
+    assert_eq!(rows[1], [json!({"n": count("s")})]);
+    assert_eq!(rows[2], [json!({"dur": 9_277_150})]);
+    let save = json!({"kernel": "KVM_SET_DEVICE_ATTR ITS_SAVE_TABLES", "vmm": "kvm_device_access", "late": 450});
+    assert_eq!(rows[3], [save]);
+    let (there, back) = (
+        json!({"pid_out": 700, "pid_in": 800}),
+        json!({"pid_out": 800, "pid_in": 700}),
+    );
+    assert_eq!(rows[4], [there.clone(), back.clone(), there, back]);
+    let named: Vec<_> = rows[5]
+        .iter()
+        .map(|row| row["name"].as_str().unwrap())
+        .collect();
+    assert_eq!(
+        named,
+        [
+            "migration",
+            "migration",
+            "migration: kernel",
+            "migration: kernel"
+        ]
+    );
+}
