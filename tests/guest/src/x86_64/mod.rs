@@ -1,7 +1,8 @@
 //! The x86-64 part: INIT and SIPI for the other vCPUs, ports for the console and the power switch.
 //!
-//! There is no ITS and no interrupt is used: a development machine may emulate this guest one
-//! instruction at a time, so it has none that it does not need.
+//! There is no ITS, so the command line's `its_` words do nothing here; and no interrupt is used: a
+//! development machine may emulate this guest one instruction at a time, so it has none that it
+//! does not need.
 
 mod cpu;
 mod entry;
@@ -29,9 +30,6 @@ impl Machine {
         config: &Config,
         _arena: &mut Arena,
     ) -> Result<Self, Failure> {
-        if config.its_devices > 0 {
-            return Err(Failure::CommandLine);
-        }
         if config.vcpus > 1 {
             if !cpu::has_x2apic() {
                 return Err(Failure::Controller);
