@@ -98,7 +98,10 @@ impl Machine {
         let vcpus = create_vcpus(&vm, config.vcpus)?;
         irqchip.init(&vcpus)?;
         if let Some(payload) = &config.payload {
-            let boot = arch::BootParams { vcpus: config.vcpus, cmdline: &config.cmdline };
+            let boot = arch::BootParams {
+                vcpus: config.vcpus,
+                cmdline: &config.cmdline,
+            };
             let entry = arch::load_payload(&ram, payload, &boot)?;
             if let Some(first) = vcpus.first() {
                 let mut first = first.lock().unwrap_or_else(PoisonError::into_inner);
@@ -220,7 +223,12 @@ fn buses(serial: &Serial, requests: &Sender<Request>) -> Buses {
         let bus = if pio { &mut buses.pio } else { &mut buses.mmio };
         bus.insert(base, size, device);
     };
-    insert(arch::SERIAL.pio, arch::SERIAL.base, arch::SERIAL.size, console);
+    insert(
+        arch::SERIAL.pio,
+        arch::SERIAL.base,
+        arch::SERIAL.size,
+        console,
+    );
     for board in arch::platform_devices(requests) {
         insert(board.pio, board.base, board.size, board.device);
     }

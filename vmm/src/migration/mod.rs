@@ -1,6 +1,196 @@
-//! [2] Live migration.
+//! [2] Live migration: connect → precopy → [3] stop → switchover, and the incoming side.
+//!
+//! One thread carries an outgoing migration, one an incoming one. `connect.rs` makes the
+//! connection, `stream/` is what goes over it, `precopy.rs` sends RAM while the guest runs,
+//! `stop.rs` stops the guest, `switchover.rs` hands it over by the rule in `commit.rs`;
+//! `incoming.rs` and `receiver.rs` are the other side. `outgoing.rs` holds the source's whole way
+//! together and puts the guest back when it fails. `board.rs` is what the threads write down for
+//! `query-migrate`, `status.rs` its form.
 
+mod board;
+mod channel;
 mod clock;
+mod commit;
+mod connect;
 mod converge;
+mod incoming;
+mod link;
+mod outgoing;
+mod precopy;
+mod receiver;
+pub mod status;
+mod stop;
 mod stream;
+mod switchover;
 pub mod uri;
+mod vm;
+
+use std::io;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::thread::{self, JoinHandle};
+
+use crate::machine::SharedMachine;
+use crate::probes::Errno;
+use crate::runstate::{EventSender, RunState};
+use board::Board;
+use connect::Listener;
+pub use outgoing::Parameters;
+use status::{QueryMigrate, Side};
+use uri::{Incoming, Uri};
+use vm::{MigrationVm, lock};
+
+/// A migration could not be begun.
+#[derive(Debug, thiserror::Error)]
+pub enum Error {
+    /// The URI is none of ours.
+    #[error(transparent)]
+    Uri(#[from] uri::Error),
+    /// One is under way; QEMU's words.
+    #[error("There's a migration process in progress")]
+    Busy,
+    /// The machine waits for a guest of its own; QEMU's words.
+    #[error("Guest is waiting for an incoming migration")]
+    Inmigrate,
+    /// The guest has been handed over; QEMU's words.
+    #[error("Can't migrate the vm that was paused due to previous migration")]
+    Postmigrate,
+    /// The machine has a guest, or part of one that never arrived.
+    #[error("a VM that is {} can't take in a migration: start one with '--incoming'", .0.name())]
+    NotIncoming(RunState),
+    /// The address can't be listened on: the whole chain of causes.
+    #[error("{0}")]
+    Listen(String, i32),
+    /// The thread could not be started.
+    #[error("the migration's thread")]
+    Thread(#[source] io::Error),
+}
+
+impl Errno for Error {
+    fn errno(&self) -> i32 {
+        match self {
+            Error::Uri(source) => source.errno(),
+            Error::Busy => libc::EBUSY,
+            Error::Inmigrate | Error::Postmigrate | Error::NotIncoming(_) => libc::EINVAL,
+            Error::Listen(_, errno) => *errno,
+            Error::Thread(source) => source.errno(),
+        }
+    }
+}
+
+/// The migrations of one machine, one at a time. What QMP and the command line use.
+///
+/// Dropping it cancels what is under way and waits for the thread.
+pub struct Migrations {
+    machine: SharedMachine,
+    parameters: Parameters,
+    board: Arc<Board>,
+    thread: Mutex<Option<JoinHandle<()>>>,
+}
+
+impl Migrations {
+    /// No migration yet. `events` hears of each change of status.
+    pub fn new(machine: SharedMachine, parameters: Parameters, events: EventSender) -> Self {
+        let board = Arc::new(Board::new(events));
+        Migrations {
+            machine,
+            parameters,
+            board,
+            thread: Mutex::default(),
+        }
+    }
+
+    /// Starts to migrate the guest to `uri`, and returns at once: how it goes on is in
+    /// [`Migrations::query`].
+    ///
+    /// # Errors
+    /// When it can't even be begun.
+    pub fn start(&self, uri: &str) -> Result<(), Error> {
+        let uri = Uri::outgoing(uri)?;
+        match lock(&self.machine).run_state() {
+            RunState::Inmigrate => return Err(Error::Inmigrate),
+            RunState::Postmigrate => return Err(Error::Postmigrate),
+            _ => {}
+        }
+        let size = self.machine.ram().size();
+        if !self.board.begin(Side::Source, uri.to_string(), Some(size)) {
+            return Err(Error::Busy);
+        }
+        let (machine, board) = (Arc::clone(&self.machine), Arc::clone(&self.board));
+        let parameters = self.parameters;
+        self.spawn(move || outgoing::run(&machine, &uri, &parameters, &board))
+    }
+
+    /// Listens on `uri` for a migration to take in, and returns at once. `defer` changes nothing:
+    /// the machine goes on waiting for a call with an address.
+    ///
+    /// # Errors
+    /// When the machine is not waiting for a guest, or the address can't be listened on.
+    pub fn incoming(&self, uri: &str) -> Result<(), Error> {
+        let Incoming::Listen(uri) = Incoming::parse(uri)? else {
+            return Ok(());
+        };
+        match lock(&self.machine).run_state() {
+            RunState::Inmigrate => {}
+            other => return Err(Error::NotIncoming(other)),
+        }
+        if !self.board.begin(Side::Destination, uri.to_string(), None) {
+            return Err(Error::Busy);
+        }
+        let listener = Listener::bind(&uri).map_err(|error| {
+            let (text, errno) = (status::describe(&error), error.errno());
+            self.board.fail(text.clone());
+            Error::Listen(text, errno)
+        })?;
+        self.board.set_address(listener.address());
+        let (machine, board) = (Arc::clone(&self.machine), Arc::clone(&self.board));
+        self.spawn(move || incoming::run(&machine, listener, &uri.to_string(), &board))
+    }
+
+    /// Gives up the migration that is under way, unless the guest was handed over already. Returns
+    /// at once; the status becomes `cancelled` when everything is as it was before.
+    pub fn cancel(&self) {
+        self.board.cancel();
+    }
+
+    /// Says whether a guest that ran at the source runs on here when its migration is complete; it
+    /// does, unless told otherwise. One that was paused stays paused either way.
+    pub fn set_autostart(&self, autostart: bool) {
+        self.board.set_autostart(autostart);
+    }
+
+    /// The migration that is under way, or the last one. Answers also while the machine is stopped.
+    pub fn query(&self) -> QueryMigrate {
+        self.board.query()
+    }
+
+    fn spawn(&self, run: impl FnOnce() + Send + 'static) -> Result<(), Error> {
+        let mut thread = self.thread.lock().unwrap_or_else(PoisonError::into_inner);
+        join(thread.take());
+        let spawned = thread::Builder::new()
+            .name("migration".to_owned())
+            .spawn(run);
+        *thread = Some(spawned.map_err(|source| {
+            let error = Error::Thread(source);
+            self.board.fail(status::describe(&error));
+            error
+        })?);
+        Ok(())
+    }
+}
+
+impl Drop for Migrations {
+    fn drop(&mut self) {
+        self.board.cancel();
+        join(
+            self.thread
+                .get_mut()
+                .unwrap_or_else(PoisonError::into_inner)
+                .take(),
+        );
+    }
+}
+
+fn join(thread: Option<JoinHandle<()>>) {
+    // A thread that panicked has already said why on stderr.
+    let _ = thread.map(JoinHandle::join);
+}

@@ -34,6 +34,7 @@ const TRANSITIONS: &[(RunState, RunState)] = &[
     (Prelaunch, FinishMigrate),
     (Inmigrate, Running),
     (Inmigrate, Paused),
+    (Inmigrate, Shutdown),
     (Inmigrate, InternalError),
     (Inmigrate, Prelaunch),
     (Running, Paused),

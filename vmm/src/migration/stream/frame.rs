@@ -1,10 +1,9 @@
 //! Frames: how a stream starts, and how each message in it is bounded, counted and checked.
 
 use std::ffi::CStr;
-use std::io::{self, BufReader, Read, Write};
 
 use super::Error;
-use super::message::Message;
+use super::message::{Failure, Message};
 
 /// The version of the stream. A change of anything in it is a new version.
 pub(crate) const VERSION: u16 = 1;
@@ -14,9 +13,68 @@ pub(crate) const PREFACE: [u8; 8] = {
     [b'B', b'L', b'K', b'O', b'U', b'T', low, high]
 };
 /// Bytes of a frame before its payload.
-pub(crate) const HEADER_LEN: usize = 16;
-/// The longest payload that is read in one go; a longer one is given memory as it arrives.
-const STEP: usize = 512 << 10;
+pub(crate) const HEADER_LEN: usize = 20;
+
+/// What stands before a payload.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Header {
+    /// What the frame is.
+    pub(crate) kind: Kind,
+    /// Bytes of the payload.
+    pub(crate) length: u32,
+    /// Counts from 0 in each direction.
+    pub(crate) sequence: u32,
+    /// CRC-32C of the payload.
+    pub(crate) payload_sum: u32,
+}
+
+impl Header {
+    /// The header as it is sent.
+    pub(crate) fn encode(self) -> [u8; HEADER_LEN] {
+        let mut bytes = [0; HEADER_LEN];
+        bytes[0..2].copy_from_slice(&(self.kind as u16).to_le_bytes());
+        bytes[4..8].copy_from_slice(&self.length.to_le_bytes());
+        bytes[8..12].copy_from_slice(&self.sequence.to_le_bytes());
+        bytes[12..16].copy_from_slice(&self.payload_sum.to_le_bytes());
+        let sum = crc32c::crc32c(&bytes[..16]);
+        bytes[16..20].copy_from_slice(&sum.to_le_bytes());
+        bytes
+    }
+
+    /// Reads a header. Its own checksum comes first: a length that was damaged on the way must not
+    /// make this side wait for bytes that never come.
+    ///
+    /// # Errors
+    /// What is wrong with it.
+    pub(crate) fn decode(bytes: &[u8; HEADER_LEN]) -> Result<Header, Problem> {
+        let (words, _) = bytes.as_chunks();
+        let [kind, length, sequence, payload_sum, found] = words else {
+            return Err(Problem::Kind(0));
+        };
+        let expected = crc32c::crc32c(&bytes[..16]);
+        let found = u32::from_le_bytes(*found);
+        if expected != found {
+            return Err(Problem::Checksum { expected, found });
+        }
+        let [k0, k1, f0, f1] = *kind;
+        let (number, flags) = (u16::from_le_bytes([k0, k1]), u16::from_le_bytes([f0, f1]));
+        let kind = Kind::from_number(number).ok_or(Problem::Kind(number))?;
+        if flags != 0 {
+            return Err(Problem::Flags(flags));
+        }
+        let [length, sequence, payload_sum] =
+            [length, sequence, payload_sum].map(|word| u32::from_le_bytes(*word));
+        if length as usize > kind.max_len() {
+            return Err(Problem::Length { kind, length });
+        }
+        Ok(Header {
+            kind,
+            length,
+            sequence,
+            payload_sum,
+        })
+    }
+}
 
 /// One row a kind: its number, its name, and the longest payload it may have.
 macro_rules! kinds {
@@ -64,6 +122,15 @@ kinds! {
 }
 
 impl Kind {
+    /// Whether its way from one side to the other is part of the downtime, so that the probes
+    /// `channel_send` and `channel_recv` show it.
+    pub(crate) fn is_switchover(self) -> bool {
+        matches!(
+            self,
+            Kind::End | Kind::Loaded | Kind::Commit | Kind::Running
+        )
+    }
+
     /// Its name in errors.
     pub(crate) fn name(self) -> &'static str {
         self.c_name().to_str().unwrap_or_default()
@@ -110,8 +177,6 @@ pub(crate) enum Problem {
 pub(crate) struct Frame<'a> {
     /// What it is.
     pub(crate) kind: Kind,
-    /// Its number in its direction.
-    pub(crate) sequence: u32,
     /// Where it starts in its direction.
     pub(crate) offset: u64,
     /// What it carries.
@@ -136,7 +201,7 @@ impl<'a> Frame<'a> {
     pub(crate) fn unexpected(&self, expected: &'static str) -> Error {
         if self.kind == Kind::Failure {
             return match postcard::from_bytes(self.payload) {
-                Ok(super::message::Failure { reason, .. }) => Error::Peer { reason },
+                Ok(Failure { reason, spans }) => Error::Peer { reason, spans },
                 Err(error) => self.malformed(error.to_string()),
             };
         }
@@ -157,387 +222,59 @@ impl<'a> Frame<'a> {
     }
 }
 
-/// Writes one direction of a stream.
-pub(crate) struct FrameWriter<W> {
-    inner: W,
-    offset: u64,
-    sequence: u32,
-    scratch: Vec<u8>,
-}
-
-impl<W: Write> FrameWriter<W> {
-    /// A writer of frames; [`FrameWriter::preface`] comes first.
-    pub(crate) fn new(inner: W) -> Self {
-        FrameWriter {
-            inner,
-            offset: 0,
-            sequence: 0,
-            scratch: Vec::new(),
-        }
-    }
-
-    /// Starts the stream.
-    pub(crate) fn preface(&mut self) -> Result<(), Error> {
-        self.write(&PREFACE)
-    }
-
-    /// The number that the next frame will have.
-    pub(crate) fn sequence(&self) -> u32 {
-        self.sequence
-    }
-
-    /// Sends a message in one write.
-    pub(crate) fn send<'a, M: Message<'a>>(&mut self, message: &M) -> Result<(), Error> {
-        let mut frame = std::mem::take(&mut self.scratch);
-        frame.clear();
-        frame.resize(HEADER_LEN, 0);
-        let mut frame =
-            postcard::to_extend(message, frame).map_err(|e| self.refuse(M::KIND, e.to_string()))?;
-        let sent = self.send_frame(M::KIND, &mut frame);
-        self.scratch = frame;
-        sent
-    }
-
-    /// Sends a frame in one write. Its payload starts at [`HEADER_LEN`] of `frame`; the bytes
-    /// before it are for the header, which this fills in.
-    pub(crate) fn send_frame(&mut self, kind: Kind, frame: &mut [u8]) -> Result<(), Error> {
-        let (header, payload) = frame.split_at_mut(HEADER_LEN);
-        let length = u32::try_from(payload.len()).unwrap_or(u32::MAX);
-        if payload.len() > kind.max_len() {
-            return Err(self.refuse(kind, Problem::Length { kind, length }.to_string()));
-        }
-        header[0..2].copy_from_slice(&(kind as u16).to_le_bytes());
-        header[2..4].fill(0);
-        header[4..8].copy_from_slice(&length.to_le_bytes());
-        header[8..12].copy_from_slice(&self.sequence.to_le_bytes());
-        let sum = crc32c::crc32c_append(crc32c::crc32c(&header[..12]), payload);
-        header[12..16].copy_from_slice(&sum.to_le_bytes());
-        self.sequence = self.sequence.wrapping_add(1);
-        self.write(frame)
-    }
-
-    fn refuse(&self, kind: Kind, problem: String) -> Error {
-        Error::Malformed {
-            offset: self.offset,
-            kind,
-            problem,
-        }
-    }
-
-    fn write(&mut self, mut bytes: &[u8]) -> Result<(), Error> {
-        while !bytes.is_empty() {
-            let offset = self.offset;
-            let written = match self.inner.write(bytes) {
-                Ok(0) => Err(io::ErrorKind::WriteZero.into()),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                result => result,
-            };
-            let written = written.map_err(|source| Error::Write { offset, source })?;
-            self.offset += written as u64;
-            bytes = bytes.get(written..).unwrap_or_default();
-        }
-        Ok(())
-    }
-
-    /// How many bytes the connection has taken.
-    pub(crate) fn offset(&self) -> u64 {
-        self.offset
-    }
-}
-
-/// Reads one direction of a stream.
-pub(crate) struct FrameReader<R> {
-    inner: BufReader<R>,
-    offset: u64,
-    sequence: u32,
-    /// Only ever grows: what lies past the current payload is left from an earlier one.
-    payload: Vec<u8>,
-}
-
-impl<R: Read> FrameReader<R> {
-    /// A reader of frames; [`FrameReader::preface`] comes first.
-    pub(crate) fn new(inner: R) -> Self {
-        FrameReader {
-            inner: BufReader::new(inner),
-            offset: 0,
-            sequence: 0,
-            payload: Vec::new(),
-        }
-    }
-
-    /// Checks how the stream starts.
-    pub(crate) fn preface(&mut self) -> Result<(), Error> {
-        let mut start = [0; PREFACE.len()];
-        read_exact(
-            &mut self.inner,
-            &mut self.offset,
-            &mut start,
-            "inside its first 8 bytes",
-        )?;
-        if start == PREFACE {
-            return Ok(());
-        }
-        match start {
-            [b'B', b'L', b'K', b'O', b'U', b'T', low, high] => Err(Error::Version {
-                theirs: u16::from_le_bytes([low, high]),
-                ours: VERSION,
-            }),
-            _ => Err(Error::Foreign { start }),
-        }
-    }
-
-    /// Whether everything that has arrived was read, as far as this side has looked.
-    pub(crate) fn is_drained(&self) -> bool {
-        self.inner.buffer().is_empty()
-    }
-
-    /// Reads the next frame.
-    ///
-    /// # Errors
-    /// When the connection fails or ends, or when the frame is not what was sent.
-    pub(crate) fn next(&mut self) -> Result<Frame<'_>, Error> {
-        let start = self.offset;
-        let mut header = [0; HEADER_LEN];
-        let place = "where a message should start";
-        read_exact(&mut self.inner, &mut self.offset, &mut header[..1], place)?;
-        let place = "inside the header of a message";
-        read_exact(&mut self.inner, &mut self.offset, &mut header[1..], place)?;
-
-        let corrupt = |problem| Error::Corrupt {
-            offset: start,
-            problem,
-        };
-        let [
-            k0,
-            k1,
-            f0,
-            f1,
-            l0,
-            l1,
-            l2,
-            l3,
-            s0,
-            s1,
-            s2,
-            s3,
-            c0,
-            c1,
-            c2,
-            c3,
-        ] = header;
-        let (number, flags) = (u16::from_le_bytes([k0, k1]), u16::from_le_bytes([f0, f1]));
-        let length = u32::from_le_bytes([l0, l1, l2, l3]);
-        let sequence = u32::from_le_bytes([s0, s1, s2, s3]);
-        let kind = Kind::from_number(number).ok_or(corrupt(Problem::Kind(number)))?;
-        if flags != 0 {
-            return Err(corrupt(Problem::Flags(flags)));
-        }
-        let len = usize::try_from(length).unwrap_or(usize::MAX);
-        if len > kind.max_len() {
-            return Err(corrupt(Problem::Length { kind, length }));
-        }
-        if sequence != self.sequence {
-            return Err(corrupt(Problem::Sequence {
-                expected: self.sequence,
-                found: sequence,
-            }));
-        }
-        self.read_payload(len)?;
-        let payload = self.payload.get(..len).unwrap_or_default();
-
-        let expected = crc32c::crc32c_append(crc32c::crc32c(&header[..12]), payload);
-        let found = u32::from_le_bytes([c0, c1, c2, c3]);
-        if expected != found {
-            return Err(corrupt(Problem::Checksum { expected, found }));
-        }
-        self.sequence = self.sequence.wrapping_add(1);
-        Ok(Frame {
-            kind,
-            sequence,
-            offset: start,
-            payload,
-        })
-    }
-
-    /// Reads `len` bytes to the front of `self.payload`, which grows only by what has arrived and
-    /// one step more.
-    fn read_payload(&mut self, len: usize) -> Result<(), Error> {
-        let mut filled = 0;
-        while filled < len {
-            let end = len.min(filled + STEP);
-            if self.payload.len() < end {
-                self.payload.resize(end, 0);
-            }
-            let part = self.payload.get_mut(filled..end).unwrap_or_default();
-            read_exact(&mut self.inner, &mut self.offset, part, "inside a message")?;
-            filled = end;
-        }
-        Ok(())
-    }
-}
-
-fn read_exact<R: Read>(
-    from: &mut R,
-    offset: &mut u64,
-    mut buf: &mut [u8],
-    place: &'static str,
-) -> Result<(), Error> {
-    while !buf.is_empty() {
-        let read = match from.read(buf) {
-            Ok(0) => {
-                return Err(Error::Truncated {
-                    offset: *offset,
-                    place,
-                });
-            }
-            Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-            result => result.map_err(|source| Error::Read {
-                offset: *offset,
-                source,
-            })?,
-        };
-        *offset += read as u64;
-        buf = buf.get_mut(read..).unwrap_or_default();
-    }
-    Ok(())
-}
-
 #[cfg(test)]
 mod tests {
-    use super::super::message::{Ack, Failure, Ping};
     use super::*;
 
-    fn stream() -> Vec<u8> {
-        let mut writer = FrameWriter::new(Vec::new());
-        writer.preface().unwrap();
-        writer.send(&Ping { t1: 7 }).unwrap();
-        writer.send(&Ack { bytes: u64::MAX }).unwrap();
-        assert_eq!(
-            (writer.offset(), writer.sequence()),
-            (writer.inner.len() as u64, 2)
-        );
-        writer.inner
-    }
+    const PING: Header = Header {
+        kind: Kind::Ping,
+        length: 3,
+        sequence: 9,
+        payload_sum: 7,
+    };
 
-    fn read(bytes: &[u8]) -> Result<(Ping, Ack), Error> {
-        let mut reader = FrameReader::new(bytes);
-        reader.preface()?;
-        let ping = reader.next()?.decode("a ping")?;
-        let ack = reader.next()?.decode("an ack")?;
-        assert!(matches!(reader.next(), Err(Error::Truncated { .. })));
-        Ok((ping, ack))
-    }
-
-    #[test]
-    fn what_is_written_is_read() {
-        assert_eq!(
-            read(&stream()).unwrap(),
-            (Ping { t1: 7 }, Ack { bytes: u64::MAX })
-        );
-    }
-
-    #[test]
-    fn every_truncation_is_an_error_that_says_where() {
-        let stream = stream();
-        for len in 0..stream.len() {
-            match read(&stream[..len]) {
-                Err(Error::Truncated { offset, .. }) => assert_eq!(offset, len as u64),
-                other => panic!("cut at {len}: {other:?}"),
-            }
-        }
-    }
-
-    #[test]
-    fn every_flipped_bit_is_an_error() {
-        let stream = stream();
-        for bit in 0..stream.len() * 8 {
-            let mut flipped = stream.clone();
-            flipped[bit / 8] ^= 1 << (bit % 8);
-            assert!(read(&flipped).is_err(), "bit {bit}");
-        }
-    }
-
-    #[test]
-    fn a_frame_that_is_lost_or_repeated_is_an_error() {
-        let stream = stream();
-        let second = PREFACE.len() + HEADER_LEN + 1;
-        let mut lost = PREFACE.to_vec();
-        lost.extend(&stream[second..]);
-        let mut repeated = stream[..second].to_vec();
-        repeated.extend(&stream[PREFACE.len()..]);
-        for bytes in [lost, repeated] {
-            let error = read(&bytes).unwrap_err();
-            let sequence = matches!(
-                error,
-                Error::Corrupt {
-                    problem: Problem::Sequence { .. },
-                    ..
-                }
-            );
-            assert!(sequence, "{error}");
-        }
-    }
-
-    #[test]
-    fn a_length_is_not_believed() {
+    /// The header that has `bytes` before its sum.
+    fn summed(bytes: [u8; 16]) -> Result<Header, Problem> {
         let mut header = [0; HEADER_LEN];
-        header[0] = Kind::Device as u8;
-        header[4..8].copy_from_slice(&(16u32 << 20).to_le_bytes());
-        let mut reader = FrameReader::new(&header[..]);
-        assert!(matches!(
-            reader.next(),
-            Err(Error::Truncated { offset: 16, .. })
-        ));
-        assert!(reader.payload.len() <= STEP);
-
-        header[4..8].copy_from_slice(&u32::MAX.to_le_bytes());
-        let error = FrameReader::new(&header[..])
-            .next()
-            .unwrap_err()
-            .to_string();
-        assert!(
-            error.contains("byte 0: 4294967295 bytes are too many for a device message"),
-            "{error}"
-        );
+        header[..16].copy_from_slice(&bytes);
+        header[16..].copy_from_slice(&crc32c::crc32c(&bytes).to_le_bytes());
+        Header::decode(&header)
     }
 
     #[test]
-    fn a_foreign_stream_and_another_version_are_told_apart() {
-        let error = FrameReader::new(&b"QEVM\0\0\0\x03"[..])
-            .preface()
-            .unwrap_err();
-        assert!(matches!(error, Error::Foreign { .. }));
-        let error = FrameReader::new(&b"BLKOUT\x02\x01"[..])
-            .preface()
-            .unwrap_err();
-        assert!(matches!(
-            error,
-            Error::Version {
-                theirs: 0x0102,
-                ours: VERSION
-            }
-        ));
-    }
-
-    #[test]
-    fn a_failure_gives_its_reason_in_place_of_any_message() {
-        let mut writer = FrameWriter::new(Vec::new());
-        writer
-            .send(&Failure {
-                reason: "no room".into(),
-                spans: Vec::new(),
-            })
-            .unwrap();
-        let mut reader = FrameReader::new(&writer.inner[..]);
-        let error = reader.next().unwrap().decode::<Ping>("a ping").unwrap_err();
-        assert_eq!(error.to_string(), "the other side gave up: no room");
-    }
-
-    #[test]
-    fn kinds_are_found_by_their_numbers() {
+    fn a_header_is_read_as_it_was_written() {
+        assert_eq!(Header::decode(&PING.encode()), Ok(PING));
         for &kind in Kind::ALL {
-            assert_eq!(Kind::from_number(kind as u16), Some(kind));
+            let header = Header { kind, ..PING };
+            assert_eq!(Header::decode(&header.encode()), Ok(header));
         }
-        assert_eq!(Kind::from_number(0), None);
+    }
+
+    #[test]
+    fn no_flipped_bit_goes_unseen() {
+        for bit in 0..HEADER_LEN * 8 {
+            let mut bytes = PING.encode();
+            bytes[bit / 8] ^= 1 << (bit % 8);
+            assert!(
+                matches!(Header::decode(&bytes), Err(Problem::Checksum { .. })),
+                "bit {bit}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_header_that_says_the_impossible_is_refused() {
+        let mut bytes = [0; 16];
+        assert_eq!(summed(bytes), Err(Problem::Kind(0)));
+        bytes[0] = Kind::Ping as u8;
+        bytes[3] = 1;
+        assert_eq!(summed(bytes), Err(Problem::Flags(0x100)));
+        bytes[3] = 0;
+        bytes[4..8].copy_from_slice(&65u32.to_le_bytes());
+        let error = summed(bytes).unwrap_err().to_string();
+        assert_eq!(
+            error,
+            "65 bytes are too many for a ping message, which has 64 at most"
+        );
     }
 }

@@ -1,5 +1,7 @@
 //! What both sides must agree on before a byte of RAM is sent.
 
+use std::ffi::CString;
+
 use super::message::{Hello, Token};
 use crate::memory::PAGE_SIZE;
 use crate::probes::Errno;
@@ -33,6 +35,12 @@ impl Errno for Mismatch {
 }
 
 impl Shape {
+    /// The devices' names, for probes.
+    pub(crate) fn device_names(&self) -> Vec<CString> {
+        let name = |(name, _): &(String, u32)| CString::new(name.as_str()).unwrap_or_default();
+        self.devices.iter().map(name).collect()
+    }
+
     /// The source's introduction.
     pub(crate) fn hello(&self, id: u64, token: Token) -> Hello {
         let Shape {

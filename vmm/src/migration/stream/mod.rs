@@ -1,7 +1,7 @@
 //! The migration stream: what goes over the connection, in both directions.
 //!
 //! Each direction is a [preface](frame::PREFACE) (magic and version), then frames. A frame is a
-//! header of 16 bytes, little-endian, and a payload:
+//! header of 20 bytes, little-endian, and a payload:
 //!
 //! | bytes | what |
 //! |---|---|
@@ -9,7 +9,8 @@
 //! | 2–3 | flags, 0 |
 //! | 4–7 | length of the payload, bounded for each kind |
 //! | 8–11 | sequence, from 0 in each direction |
-//! | 12–15 | CRC-32C of bytes 0–11 and the payload |
+//! | 12–15 | CRC-32C of the payload |
+//! | 16–19 | CRC-32C of bytes 0–15 |
 //!
 //! The payload of a `ram` frame is [records of pages](ram); every other payload is a
 //! [message](message), encoded by postcard. In order:
@@ -46,10 +47,13 @@ pub(super) mod frame;
 pub(super) mod header;
 pub(super) mod message;
 pub(super) mod ram;
+pub(super) mod reader;
+pub(super) mod writer;
 
 use std::io;
 
 use crate::probes::Errno;
+use crate::spanlog::SpanRecord;
 use frame::{Kind, Problem};
 
 /// The stream can't be read or written, or is not what it should be.
@@ -131,6 +135,8 @@ pub(crate) enum Error {
     Peer {
         /// Its reason.
         reason: String,
+        /// What it did, on its clock.
+        spans: Vec<SpanRecord>,
     },
 }
 
@@ -144,5 +150,13 @@ impl Errno for Error {
             Error::Unexpected { .. } => libc::EPROTO,
             Error::Peer { .. } => libc::EREMOTEIO,
         }
+    }
+}
+
+/// A socket whose timeout is over says `EAGAIN`, which nobody would understand.
+fn timed_out(error: io::Error) -> io::Error {
+    match error.kind() {
+        io::ErrorKind::WouldBlock => io::Error::from_raw_os_error(libc::ETIMEDOUT),
+        _ => error,
     }
 }

@@ -95,7 +95,7 @@ impl Packer {
         }
     }
 
-    /// The frame, ready for [`send_frame`](super::frame::FrameWriter::send_frame).
+    /// The frame, ready for [`send_frame`](super::writer::FrameWriter::send_frame).
     pub(crate) fn frame(&mut self) -> &mut [u8] {
         &mut self.frame[..self.len]
     }

@@ -1,0 +1,439 @@
+//! Where the running migration is written down: what `query-migrate` reads, and how `migrate_cancel`
+//! reaches the migration's thread.
+//!
+//! It has a lock of its own, held for no longer than a copy takes, so that it answers while the
+//! machine is stopped and its lock taken.
+
+use std::ffi::CStr;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+use socket2::Socket;
+
+use super::clock::Clock;
+use super::status::{
+    Blackout, ClockReport, MigrationStatus, QueryMigrate, Ram, Side, SocketAddress, Span,
+};
+use crate::runstate::{Event, EventSender};
+use crate::spanlog::{SpanRecord, monotonic_ns};
+
+/// The mode of every migration there is so far.
+pub(super) const MODE: &CStr = c"normal";
+
+/// The last migration, under way or over, and the handle on it.
+#[derive(Debug)]
+pub(super) struct Board {
+    /// Whether a guest that ran at the source runs on here.
+    autostart: AtomicBool,
+    state: Mutex<State>,
+    events: EventSender,
+}
+
+#[derive(Debug, Default)]
+struct State {
+    migration: Option<Migration>,
+    /// Someone asked for an end.
+    cancelled: bool,
+    /// It is too late to cancel.
+    sealed: bool,
+    /// Shut down to wake the migration's thread.
+    connection: Option<Socket>,
+}
+
+#[derive(Clone, Debug)]
+struct Migration {
+    side: Side,
+    uri: String,
+    status: MigrationStatus,
+    started_ns: u64,
+    setup_ns: Option<u64>,
+    ended_ns: Option<u64>,
+    expected_downtime_ns: Option<u64>,
+    ram: Option<Ram>,
+    address: Option<SocketAddress>,
+    error: Option<String>,
+    blackout: Option<Blackout>,
+}
+
+/// What a migration leaves behind.
+#[derive(Debug, Default)]
+pub(super) struct Report {
+    /// Its id, once both sides had one.
+    pub(super) id: u64,
+    /// This side's spans.
+    pub(super) spans: Vec<SpanRecord>,
+    /// The other side's spans, on its own clock.
+    pub(super) peer_spans: Vec<SpanRecord>,
+    /// The other side's clock.
+    pub(super) clock: Clock,
+    /// Entry of `migration_stop_vm`, ns of this side's clock.
+    pub(super) downtime_start_ns: Option<u64>,
+    /// The first `KVM_RUN` on the destination, ns of the destination's clock.
+    pub(super) first_run_ns: Option<u64>,
+}
+
+/// A person gave the migration up.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("cancelled")]
+pub(crate) struct Cancelled;
+
+impl Board {
+    /// An empty one; `events` hears of every change of status.
+    pub(super) fn new(events: EventSender) -> Self {
+        Board {
+            autostart: AtomicBool::new(true),
+            state: Mutex::default(),
+            events,
+        }
+    }
+
+    /// Says whether a guest that ran at the source is to run on here; it is, unless told otherwise.
+    pub(super) fn set_autostart(&self, autostart: bool) {
+        self.autostart.store(autostart, Ordering::Relaxed);
+    }
+
+    /// What [`Board::set_autostart`] said last.
+    pub(super) fn autostart(&self) -> bool {
+        self.autostart.load(Ordering::Relaxed)
+    }
+
+    /// Writes down a new migration in place of the last one. `false` when that is not over yet.
+    pub(super) fn begin(&self, side: Side, uri: String, total_ram: Option<u64>) -> bool {
+        let mut state = self.lock();
+        if state
+            .migration
+            .as_ref()
+            .is_some_and(|m| !m.status.is_final())
+        {
+            return false;
+        }
+        let migration = Migration {
+            side,
+            uri,
+            status: MigrationStatus::Setup,
+            started_ns: monotonic_ns(),
+            setup_ns: None,
+            ended_ns: None,
+            expected_downtime_ns: None,
+            ram: total_ram.map(Ram::new),
+            address: None,
+            error: None,
+            blackout: None,
+        };
+        *state = State {
+            migration: Some(migration),
+            ..State::default()
+        };
+        self.events
+            .send(Event::Migration(MigrationStatus::Setup.name()));
+        true
+    }
+
+    /// Hands over the connection that [`Board::cancel`] shuts down.
+    ///
+    /// # Errors
+    /// When the migration was cancelled before.
+    pub(super) fn attach(&self, connection: Socket) -> Result<(), Cancelled> {
+        let mut state = self.lock();
+        if state.cancelled {
+            return Err(Cancelled);
+        }
+        state.connection = Some(connection);
+        Ok(())
+    }
+
+    /// Gives the migration up, unless it is past the point of no return. Its thread notices at the
+    /// next byte it reads or writes.
+    pub(super) fn cancel(&self) {
+        let mut state = self.lock();
+        let Some(migration) = state.migration.as_mut() else {
+            return;
+        };
+        if migration.status.is_final() || state.sealed || state.cancelled {
+            return;
+        }
+        let migration = state.migration.as_mut();
+        if let Some(migration) = migration.filter(|m| m.side == Side::Source) {
+            migration.status = MigrationStatus::Cancelling;
+            self.events
+                .send(Event::Migration(MigrationStatus::Cancelling.name()));
+        }
+        state.cancelled = true;
+        if let Some(connection) = &state.connection {
+            // It fails on a connection that has broken already, which wakes the thread as well.
+            let _ = connection.shutdown(std::net::Shutdown::Both);
+        }
+    }
+
+    /// Whether the migration was cancelled.
+    pub(super) fn is_cancelled(&self) -> bool {
+        self.lock().cancelled
+    }
+
+    /// Passes the point of no return: from here on nobody can cancel.
+    ///
+    /// # Errors
+    /// When someone has.
+    pub(super) fn seal(&self) -> Result<(), Cancelled> {
+        let mut state = self.lock();
+        if state.cancelled {
+            return Err(Cancelled);
+        }
+        state.sealed = true;
+        Ok(())
+    }
+
+    /// Changes the status of a migration that is not being cancelled.
+    pub(super) fn set_status(&self, status: MigrationStatus) {
+        let mut state = self.lock();
+        if state.cancelled {
+            return;
+        }
+        if let Some(migration) = state.migration.as_mut() {
+            migration.status = status;
+            if status == MigrationStatus::Active {
+                migration.setup_ns = Some(monotonic_ns().saturating_sub(migration.started_ns));
+            }
+            self.events.send(Event::Migration(status.name()));
+        }
+    }
+
+    /// Changes the figures on RAM.
+    pub(super) fn update_ram(&self, update: impl FnOnce(&mut Ram)) {
+        if let Some(ram) = self.lock().migration.as_mut().and_then(|m| m.ram.as_mut()) {
+            update(ram);
+        }
+    }
+
+    /// Says what stopping now would cost.
+    pub(super) fn set_expected_downtime(&self, ns: Option<u64>) {
+        if let Some(migration) = self.lock().migration.as_mut() {
+            migration.expected_downtime_ns = ns;
+        }
+    }
+
+    /// Says where this side listens.
+    pub(super) fn set_address(&self, address: Option<SocketAddress>) {
+        if let Some(migration) = self.lock().migration.as_mut() {
+            migration.address = address;
+        }
+    }
+
+    /// The migration is over: `status` is final. Keeps the breakdown until the next one.
+    pub(super) fn finish(&self, status: MigrationStatus, error: Option<String>, report: Report) {
+        let mut state = self.lock();
+        state.connection = None;
+        if let Some(migration) = state.migration.as_mut() {
+            migration.ended_ns = Some(monotonic_ns());
+            migration.blackout = Some(migration.blackout(report));
+            migration.error = error;
+            migration.address = None;
+            migration.status = status;
+            self.events.send(Event::Migration(status.name()));
+        }
+    }
+
+    /// The migration failed before its thread ran.
+    pub(super) fn fail(&self, error: String) {
+        self.finish(MigrationStatus::Failed, Some(error), Report::default());
+    }
+
+    /// The answer to `query-migrate`.
+    pub(super) fn query(&self) -> QueryMigrate {
+        self.lock()
+            .migration
+            .as_ref()
+            .map(Migration::query)
+            .unwrap_or_default()
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Migration {
+    fn query(&self) -> QueryMigrate {
+        let now = self.ended_ns.unwrap_or_else(monotonic_ns);
+        let downtime_ns = self.blackout.as_ref().and_then(|b| b.downtime_ns);
+        QueryMigrate {
+            status: Some(self.status),
+            total_time: Some(to_ms(now.saturating_sub(self.started_ns))),
+            setup_time: self.setup_ns.map(to_ms),
+            expected_downtime: self.expected_downtime_ns.map(to_ms),
+            downtime: downtime_ns.map(to_ms),
+            ram: self.ram.clone(),
+            socket_address: self.address.clone().map(|address| vec![address]),
+            error_desc: self.error.clone(),
+            blackout: self.blackout.clone(),
+        }
+    }
+
+    fn blackout(&self, report: Report) -> Blackout {
+        let relative = |ns: i64| ns.saturating_sub_unsigned(self.started_ns);
+        let own = |ns: u64| relative(i64::try_from(ns).unwrap_or(i64::MAX));
+        let clock = report
+            .clock
+            .at(report.downtime_start_ns.unwrap_or_else(monotonic_ns));
+        let destination = |ns: u64| match self.side {
+            Side::Source => clock.map(|clock| relative(clock.to_source(ns))),
+            Side::Destination => Some(own(ns)),
+        };
+
+        let downtime_start_ns = report.downtime_start_ns.map(own);
+        let first_run_ns = report.first_run_ns.and_then(destination);
+        let downtime_ns = downtime_start_ns.zip(first_run_ns);
+        let downtime_ns = downtime_ns.and_then(|(start, end)| u64::try_from(end - start).ok());
+
+        let here = report.spans.into_iter().map(|s| {
+            let start = own(s.start_ns);
+            Span::new(self.side, s, start)
+        });
+        let there = report.peer_spans.into_iter().filter_map(|s| {
+            let start = destination(s.start_ns)?;
+            Some(Span::new(Side::Destination, s, start))
+        });
+        Blackout {
+            id: report.id,
+            side: self.side,
+            uri: self.uri.clone(),
+            mode: MODE.to_str().unwrap_or_default(),
+            start_ns: self.started_ns,
+            downtime_ns,
+            downtime_start_ns,
+            first_run_ns,
+            clock: clock.map(|clock| ClockReport::new(clock, report.clock.samples())),
+            spans: here.chain(there).collect(),
+        }
+    }
+}
+
+/// Milliseconds, rounded up: a downtime that was is never 0.
+fn to_ms(ns: u64) -> u64 {
+    ns.div_ceil(1_000_000)
+}
+
+#[cfg(test)]
+mod tests {
+    use std::borrow::Cow;
+    use std::io::Read;
+    use std::sync::Arc;
+
+    use socket2::{Domain, Type};
+
+    use super::super::clock::Sample;
+    use super::*;
+
+    fn board() -> (Board, Arc<Mutex<Vec<Event>>>) {
+        let seen = Arc::new(Mutex::new(Vec::new()));
+        let sink = Arc::clone(&seen);
+        (
+            Board::new(EventSender::new(move |event| {
+                sink.lock().unwrap().push(event)
+            })),
+            seen,
+        )
+    }
+
+    fn begun() -> Board {
+        let board = board().0;
+        assert!(board.begin(Side::Source, "tcp:a:1".into(), Some(8192)));
+        board
+    }
+
+    #[test]
+    fn one_migration_at_a_time() {
+        let board = begun();
+        assert!(!board.begin(Side::Source, "tcp:b:1".into(), None));
+        board.finish(
+            MigrationStatus::Failed,
+            Some("why".into()),
+            Report::default(),
+        );
+        let answer = board.query();
+        assert_eq!(answer.error_desc.as_deref(), Some("why"));
+        assert!(
+            answer.blackout.is_some(),
+            "the breakdown is kept after a failure"
+        );
+        assert!(board.begin(Side::Source, "tcp:b:1".into(), None));
+        assert_eq!(board.query().error_desc, None);
+    }
+
+    #[test]
+    fn a_cancel_wakes_the_thread_and_stays_visible() {
+        let board = begun();
+        let (mut here, there) = Socket::pair(Domain::UNIX, Type::STREAM, None).unwrap();
+        board.attach(here.try_clone().unwrap()).unwrap();
+        board.cancel();
+        assert_eq!(here.read(&mut [0]).unwrap(), 0);
+        drop(there);
+        board.set_status(MigrationStatus::Device);
+        assert_eq!(board.query().status, Some(MigrationStatus::Cancelling));
+        assert_eq!(board.seal(), Err(Cancelled));
+        assert_eq!(board.attach(here), Err(Cancelled));
+    }
+
+    #[test]
+    fn past_the_point_of_no_return_nobody_cancels() {
+        let board = begun();
+        board.seal().unwrap();
+        board.cancel();
+        assert!(!board.is_cancelled());
+        assert_eq!(board.query().status, Some(MigrationStatus::Setup));
+    }
+
+    #[test]
+    fn each_status_is_an_event() {
+        let (board, events) = board();
+        board.begin(Side::Source, "tcp:a:1".into(), None);
+        board.set_status(MigrationStatus::Active);
+        board.finish(MigrationStatus::Completed, None, Report::default());
+        let names: Vec<_> = ["setup", "active", "completed"]
+            .map(Event::Migration)
+            .into();
+        assert_eq!(*events.lock().unwrap(), names);
+    }
+
+    #[test]
+    fn both_sides_stand_on_the_clock_of_the_source() {
+        let board = begun();
+        let start = board.query().blackout.is_none().then(monotonic_ns).unwrap();
+        let span = |name, start_ns| SpanRecord {
+            name: Cow::Borrowed(name),
+            hop: 8,
+            detail: None,
+            depth: 0,
+            start_ns,
+            duration_ns: 5,
+            rc: 0,
+        };
+        let mut clock = Clock::default();
+        let ahead = 1_000_000;
+        clock.add(Sample {
+            t1: start,
+            t2: start + ahead + 10,
+            t3: start + ahead + 10,
+            t4: start + 20,
+        });
+        let report = Report {
+            id: 3,
+            spans: vec![span("migrate", start)],
+            peer_spans: vec![span("vm_start", start + ahead + 700)],
+            clock,
+            downtime_start_ns: Some(start + 100),
+            first_run_ns: Some(start + ahead + 800),
+        };
+        board.finish(MigrationStatus::Completed, None, report);
+        let answer = board.query();
+        assert_eq!(answer.downtime, Some(1), "half a millisecond is not none");
+        let blackout = answer.blackout.unwrap();
+        assert_eq!(blackout.downtime_ns, Some(700));
+        assert_eq!(blackout.clock.unwrap().error_ns, 10);
+        let [here, there] = &blackout.spans[..] else {
+            panic!("{:?}", blackout.spans)
+        };
+        assert_eq!((here.side, there.side), (Side::Source, Side::Destination));
+        assert_eq!(there.start_ns - here.start_ns, 700);
+    }
+}

@@ -1,0 +1,301 @@
+//! The source's end of the connection: pages that are acknowledged, and the other side's clock.
+
+use socket2::Socket;
+
+use super::board::Board;
+use super::channel::Channel;
+use super::clock::{Clock, Sample};
+use super::stream::Error;
+use super::stream::frame::Kind;
+use super::stream::header::Shape;
+use super::stream::message::{
+    Ack, Commit, Device, End, Loaded, Message, Ping, Pong, RoundEnd, RoundLoaded, Running, Token,
+    Welcome,
+};
+use super::stream::ram::{Packer, Tally};
+use super::vm::SavedDevice;
+use crate::memory::{self, GuestRam, PAGE_SIZE, PageRun};
+use crate::probes::{self, Errno};
+use crate::runstate::RunState;
+use crate::spanlog::{SpanRecord, monotonic_ns};
+
+/// Frames of pages that may be on their way at once: 16 MiB. Each is answered, so this bounds what
+/// the answers take up as well, and neither side can block the other for ever.
+const WINDOW: u64 = 64;
+/// Clock samples before the first round.
+const CLOCK_SAMPLES: u32 = 8;
+
+/// Pages could not be sent.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum SendError {
+    /// The stream.
+    #[error(transparent)]
+    Stream(#[from] Error),
+    /// The guest's memory.
+    #[error("reading guest RAM")]
+    Memory(#[from] memory::Error),
+}
+
+impl Errno for SendError {
+    fn errno(&self) -> i32 {
+        match self {
+            SendError::Stream(source) => source.errno(),
+            SendError::Memory(source) => source.errno(),
+        }
+    }
+}
+
+/// Whether `commit` may have left this machine.
+#[derive(Debug)]
+pub(super) enum Committed {
+    /// It may have; the error, if any, came after its first byte.
+    Yes(Result<(), Error>),
+    /// Not a byte of it was taken.
+    No(Error),
+}
+
+/// The connection to a destination that has accepted the guest.
+pub(super) struct Link {
+    channel: Channel,
+    clock: Clock,
+    /// This session's secret, which the destination echoes in `loaded`.
+    token: Token,
+    /// The destination's, for `commit`.
+    their_token: Token,
+    flow: Flow,
+    /// When `commit` was sent, for the clock.
+    commit_ns: u64,
+}
+
+/// What is on its way.
+#[derive(Debug, Default)]
+struct Flow {
+    frames_sent: u64,
+    frames_loaded: u64,
+    /// Payload bytes of `ram` frames.
+    bytes_sent: u64,
+    bytes_loaded: u64,
+}
+
+impl Link {
+    /// Introduces the guest of migration `id` over a connected socket, and reads the other side's
+    /// clock.
+    ///
+    /// # Errors
+    /// When the destination can't take the guest: [`Error::Peer`] has its reason.
+    pub(super) fn open(
+        socket: Socket,
+        id: u64,
+        token: Token,
+        shape: &Shape,
+    ) -> Result<Self, Error> {
+        let duplicate = |source| Error::Write { offset: 0, source };
+        let mut channel = Channel::new(socket).map_err(duplicate)?;
+        channel.send_preface()?;
+        channel.send(&shape.hello(id, token))?;
+        channel.receive_preface()?;
+        let welcome: Welcome = channel.receive()?.decode("the destination's answer")?;
+        let mut link = Link {
+            channel,
+            clock: Clock::default(),
+            token,
+            their_token: welcome.token,
+            flow: Flow::default(),
+            commit_ns: 0,
+        };
+        for _ in 0..CLOCK_SAMPLES {
+            link.read_clock()?;
+        }
+        Ok(link)
+    }
+
+    /// Takes a sample of the destination's clock, while nothing else is under way.
+    pub(super) fn read_clock(&mut self) -> Result<(), Error> {
+        let t1 = monotonic_ns();
+        self.channel.send(&Ping { t1 })?;
+        self.channel.advance()?;
+        let t4 = monotonic_ns();
+        let frame = self.channel.current();
+        let pong: Pong = frame.decode("the destination's time")?;
+        if pong.t1 != t1 {
+            return Err(frame.malformed("it answers another question".to_owned()));
+        }
+        self.note_clock(Sample {
+            t1,
+            t2: pong.t2,
+            t3: pong.t3,
+            t4,
+        });
+        Ok(())
+    }
+
+    fn note_clock(&mut self, sample: Sample) {
+        if self.clock.add(sample) {
+            probes::clock_sample(sample.t1, sample.t2, sample.t3, sample.t4);
+        }
+    }
+
+    /// The other side's clock as known so far.
+    pub(super) fn clock(&self) -> &Clock {
+        &self.clock
+    }
+
+    /// Sends the pages of a round, never more of them ahead of what the destination has loaded than
+    /// the window allows, and keeps `board` up to date.
+    pub(super) fn send_pages(
+        &mut self,
+        ram: &GuestRam,
+        round: u32,
+        runs: &[PageRun],
+        board: &Board,
+    ) -> Result<Tally, SendError> {
+        let mut packer = Packer::new(round);
+        let mut sent = Tally::default();
+        for run in runs {
+            for page in 0..run.pages {
+                if packer.is_full() {
+                    sent.add(self.send_packed(&mut packer, board)?);
+                }
+                packer.add(ram, run.gpa + page * PAGE_SIZE)?;
+            }
+        }
+        if packer.tally().pages > 0 {
+            sent.add(self.send_packed(&mut packer, board)?);
+        }
+        Ok(sent)
+    }
+
+    fn send_packed(&mut self, packer: &mut Packer, board: &Board) -> Result<Tally, Error> {
+        while self.flow.frames_sent - self.flow.frames_loaded >= WINDOW {
+            self.channel.advance()?;
+            self.acknowledge()?;
+        }
+        let tally = packer.tally();
+        self.channel.send_ram(packer.frame())?;
+        packer.clear();
+        self.flow.frames_sent += 1;
+        self.flow.bytes_sent += tally.bytes;
+        board.update_ram(|ram| ram.sent(tally, self.flow.bytes_loaded));
+        Ok(tally)
+    }
+
+    /// Ends a round and waits until the destination has loaded all of it.
+    pub(super) fn finish_round(&mut self, round: u32, sent: Tally) -> Result<(), Error> {
+        let (pages, last, checksum) = (sent.pages, false, None);
+        self.channel.send(&RoundEnd {
+            round,
+            pages,
+            last,
+            checksum,
+        })?;
+        let loaded: RoundLoaded = self.receive("the end of a round")?;
+        if loaded.round != round || self.flow.frames_loaded != self.flow.frames_sent {
+            let problem = format!("round {round} is not loaded");
+            return Err(self.channel.current().malformed(problem));
+        }
+        Ok(())
+    }
+
+    /// Ends the round after the stop, which is not answered.
+    pub(super) fn finish_last_round(
+        &mut self,
+        round: u32,
+        sent: Tally,
+        checksum: Option<u32>,
+    ) -> Result<(), Error> {
+        self.channel.send(&RoundEnd {
+            round,
+            pages: sent.pages,
+            last: true,
+            checksum,
+        })
+    }
+
+    /// Sends a device's state.
+    pub(super) fn send_device(&mut self, device: &SavedDevice) -> Result<(), Error> {
+        let name = &device.name.to_string_lossy();
+        self.channel.send(&Device {
+            name,
+            version: device.version,
+            state: &device.state,
+        })
+    }
+
+    /// Says that everything was sent, and in which run state the guest is to go on.
+    pub(super) fn send_end(&mut self, state: RunState) -> Result<(), Error> {
+        self.channel.send(&End {
+            state: state.name().to_owned(),
+        })
+    }
+
+    /// Waits until the destination has loaded and verified everything.
+    pub(super) fn wait_loaded(&mut self) -> Result<(), Error> {
+        let loaded: Loaded = self.receive("the word that everything is loaded")?;
+        if loaded.token != self.token {
+            return Err(self
+                .channel
+                .current()
+                .malformed("it is of another session".to_owned()));
+        }
+        Ok(())
+    }
+
+    /// Hands the guest over, unless the destination has gone already.
+    pub(super) fn send_commit(&mut self) -> Committed {
+        if self.channel.is_broken() {
+            let offset = self.channel.received_bytes();
+            let place = "where the destination should wait for the commit";
+            return Committed::No(Error::Truncated { offset, place });
+        }
+        let before = self.channel.sent_bytes();
+        self.commit_ns = monotonic_ns();
+        match self.channel.send(&Commit {
+            token: self.their_token,
+        }) {
+            Err(error) if self.channel.sent_bytes() == before => Committed::No(error),
+            sent => Committed::Yes(sent),
+        }
+    }
+
+    /// Waits until the destination has the guest. Returns when its first vCPU entered `KVM_RUN`, on
+    /// the destination's clock, and what the destination did.
+    pub(super) fn wait_running(&mut self) -> Result<(Option<u64>, Vec<SpanRecord>), Error> {
+        let running: Running = self.receive("the word that the guest runs")?;
+        let (t1, t4) = (self.commit_ns, monotonic_ns());
+        self.note_clock(Sample {
+            t1,
+            t2: running.received_ns,
+            t3: running.sent_ns,
+            t4,
+        });
+        Ok((running.first_run_ns, running.spans))
+    }
+
+    /// Tells the destination that it won't get the guest.
+    pub(super) fn give_up(self, reason: String) {
+        self.channel.give_up(reason, Vec::new());
+    }
+
+    /// Receives a message, and the acknowledgements before it.
+    fn receive<M: for<'de> Message<'de>>(&mut self, expected: &'static str) -> Result<M, Error> {
+        while self.channel.advance()? == Kind::Ack {
+            self.acknowledge()?;
+        }
+        self.channel.current().decode(expected)
+    }
+
+    /// Counts the acknowledgement that was received last.
+    fn acknowledge(&mut self) -> Result<(), Error> {
+        let frame = self.channel.current();
+        let Ack { bytes } = frame.decode("an acknowledgement of pages")?;
+        let flow = &mut self.flow;
+        let possible = flow.frames_loaded < flow.frames_sent
+            && (flow.bytes_loaded..=flow.bytes_sent).contains(&bytes);
+        if !possible {
+            return Err(frame.malformed("it acknowledges what was never sent".to_owned()));
+        }
+        flow.frames_loaded += 1;
+        flow.bytes_loaded = bytes;
+        Ok(())
+    }
+}

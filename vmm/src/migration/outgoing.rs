@@ -1,0 +1,289 @@
+//! A whole outgoing migration, on its own thread: from the URI to a final status, with the guest on
+//! exactly one side.
+
+use std::ffi::CString;
+use std::io;
+
+use super::board::{Board, Cancelled, MODE, Report};
+use super::clock::Clock;
+use super::commit::{Source, SourceEvent};
+use super::connect;
+use super::link::{Link, SendError};
+use super::precopy;
+use super::status::{MigrationStatus, describe};
+use super::stop::Stop;
+use super::stream;
+use super::stream::header::Shape;
+use super::stream::message::Token;
+use super::uri::Uri;
+use super::vm::SourceVm;
+use crate::control;
+use crate::devices::StateError;
+use crate::memory;
+use crate::probes::{self, Errno, Guarded};
+use crate::runstate::RunState;
+use crate::spanlog::{SpanLog, SpanRecord};
+
+/// Ids are random, and small enough for the numbers of JSON, which are exact up to 2^53.
+const ID_MASK: u64 = (1 << 53) - 1;
+
+/// How to migrate.
+#[derive(Clone, Copy, Debug)]
+pub struct Parameters {
+    /// The guest is stopped when what is left takes no longer than this, ns.
+    pub downtime_limit_ns: u64,
+    /// Whether to compare a checksum of all RAM at the switchover. It adds to the downtime what
+    /// reading all RAM takes, on both sides: for tests.
+    pub verify_ram: bool,
+}
+
+impl Default for Parameters {
+    /// QEMU's downtime limit, 300 ms, and no checksum.
+    fn default() -> Self {
+        Parameters {
+            downtime_limit_ns: 300_000_000,
+            verify_ram: false,
+        }
+    }
+}
+
+/// An outgoing migration failed.
+#[derive(Debug, thiserror::Error)]
+pub(crate) enum Error {
+    /// There is no connection.
+    #[error(transparent)]
+    Connect(#[from] connect::Error),
+    /// No random numbers for the id and the session's secret.
+    #[error("random numbers for the session")]
+    Random(#[source] io::Error),
+    /// The stream.
+    #[error(transparent)]
+    Stream(#[from] stream::Error),
+    /// Guest RAM or its dirty log.
+    #[error("guest RAM")]
+    Memory(#[from] memory::Error),
+    /// The guest would not fit the downtime limit.
+    #[error(
+        "the guest does not converge: after {rounds} rounds {} KiB are dirty still, the destination \
+         loads {} KiB/s, and the downtime limit is {limit_ms} ms", dirtied >> 10, rate >> 10
+    )]
+    NotConverging {
+        /// Rounds sent.
+        rounds: u32,
+        /// Bytes dirtied during the last one.
+        dirtied: u64,
+        /// Bytes a second that the destination loads.
+        rate: u64,
+        /// The limit.
+        limit_ms: u64,
+    },
+    /// The stop failed.
+    #[error("stopping the guest")]
+    Stop(#[from] control::Error),
+    /// A device could not be saved.
+    #[error("saving the state of {name}")]
+    SaveDevice {
+        /// The device.
+        name: String,
+        /// Its error.
+        source: StateError,
+    },
+    /// The machine left the state of a switchover by itself.
+    #[error("the VM became {} during the switchover", .0.name())]
+    Interrupted(RunState),
+    /// A person gave up.
+    #[error(transparent)]
+    Cancelled(#[from] Cancelled),
+    /// The migration failed, and then the guest could not be started again.
+    #[error("{because}; and the guest, which is paused now, could not go on")]
+    Resume {
+        /// Why the migration failed.
+        because: String,
+        /// Why the guest could not.
+        source: control::Error,
+    },
+}
+
+impl From<SendError> for Error {
+    fn from(error: SendError) -> Self {
+        match error {
+            SendError::Stream(source) => source.into(),
+            SendError::Memory(source) => source.into(),
+        }
+    }
+}
+
+impl Errno for Error {
+    fn errno(&self) -> i32 {
+        match self {
+            Error::Connect(source) => source.errno(),
+            Error::Random(source) => source.errno(),
+            Error::Stream(source) => source.errno(),
+            Error::Memory(source) => source.errno(),
+            Error::NotConverging { .. } => libc::ETIME,
+            Error::Stop(source) => source.errno(),
+            Error::SaveDevice { source, .. } => source.errno(),
+            Error::Interrupted(_) => libc::EINTR,
+            Error::Cancelled(_) => libc::ECANCELED,
+            Error::Resume { source, .. } => source.errno(),
+        }
+    }
+}
+
+/// What one attempt to migrate has come to.
+pub(super) struct Attempt {
+    /// Who has the guest.
+    pub(super) commit: Source,
+    /// What the stop noted.
+    pub(super) stop: Stop,
+    /// The devices in machine order.
+    pub(super) devices: Vec<CString>,
+    /// The first `KVM_RUN` on the destination, on its clock.
+    pub(super) first_run_ns: Option<u64>,
+    /// What the destination did, on its clock.
+    pub(super) peer_spans: Vec<SpanRecord>,
+}
+
+impl Attempt {
+    fn new(id: u64, shape: &Shape) -> Self {
+        Attempt {
+            commit: Source::Live,
+            stop: Stop::new(id),
+            devices: shape.device_names(),
+            first_run_ns: None,
+            peer_spans: Vec::new(),
+        }
+    }
+
+    /// The migration's id.
+    pub(super) fn id(&self) -> u64 {
+        self.stop.id
+    }
+
+    /// The downtime, ns, when it is over.
+    pub(super) fn downtime_ns(&self, clock: &Clock) -> Option<u64> {
+        let start_ns = self.stop.downtime_start_ns?;
+        let end_ns = clock.at(start_ns)?.to_source(self.first_run_ns?);
+        u64::try_from(end_ns).ok()?.checked_sub(start_ns)
+    }
+}
+
+/// Migrates the guest to `uri` and writes the outcome to `board`.
+pub(super) fn run(vm: &impl SourceVm, uri: &Uri, parameters: &Parameters, board: &Board) {
+    let log = SpanLog::open();
+    let secrets = secrets();
+    let id = secrets.as_ref().map_or(0, |&(id, _)| id);
+    let shape = vm.shape();
+    let mut attempt = Attempt::new(id, &shape);
+    let mut clock = Clock::default();
+
+    let text = CString::new(uri.to_string()).unwrap_or_default();
+    let mut span = probes::migrate(id, &text, MODE);
+    let migrated = secrets.and_then(|(id, token)| {
+        let mut link = migration_connect(uri, id, token, &shape, board)?;
+        let migrated = precopy::migration_thread(vm, &mut link, &mut attempt, parameters, board);
+        clock = link.clock().clone();
+        let concluded = conclude(vm, &mut attempt, migrated);
+        if let Err(error) = &concluded {
+            link.give_up(describe(error));
+        }
+        concluded
+    });
+    let (status, error) = outcome(&attempt, &migrated, board);
+    span.status = status.c_name();
+    span.set_rc(
+        migrated
+            .as_ref()
+            .map_or_else(|error| -i64::from(error.errno()), |()| 0),
+    );
+    drop(span);
+
+    let report = Report {
+        id,
+        spans: log.finish(),
+        peer_spans: attempt.peer_spans,
+        clock,
+        downtime_start_ns: attempt.stop.downtime_start_ns,
+        first_run_ns: attempt.first_run_ns,
+    };
+    board.finish(status, error, report);
+}
+
+/// [2] Connects and agrees with the destination on the guest.
+fn migration_connect(
+    uri: &Uri,
+    id: u64,
+    token: Token,
+    shape: &Shape,
+    board: &Board,
+) -> Result<Link, Error> {
+    let text = CString::new(uri.to_string()).unwrap_or_default();
+    probes::migration_connect(&text).run(|_| {
+        let socket = connect::dial(uri, board)?;
+        Ok(Link::open(socket, id, token, shape)?)
+    })
+}
+
+/// Puts the guest where the commit rule says that it belongs.
+fn conclude(
+    vm: &impl SourceVm,
+    attempt: &mut Attempt,
+    migrated: Result<(), Error>,
+) -> Result<(), Error> {
+    match &migrated {
+        Ok(()) => {}
+        Err(Error::Stream(stream::Error::Peer { spans, .. })) => {
+            attempt.commit = attempt.commit.on(SourceEvent::Refused);
+            attempt.peer_spans.clone_from(spans);
+        }
+        Err(_) => attempt.commit = attempt.commit.on(SourceEvent::Fail),
+    }
+    let concluded = match (attempt.commit, attempt.stop.vm_old_state) {
+        (Source::Resumed, Some(old)) => match (vm.resume(old), migrated) {
+            (Err(source), Err(error)) => Err(Error::Resume {
+                because: describe(&error),
+                source,
+            }),
+            (_, migrated) => migrated,
+        },
+        (Source::Completed | Source::Unknown, _) => {
+            vm.postmigrate();
+            migrated
+        }
+        _ => migrated,
+    };
+    if let Err(error) = vm.set_dirty_log(false) {
+        // It costs the guest some speed and nothing else.
+        tracing::warn!("the dirty log stays on: {}", describe(&error));
+    }
+    concluded
+}
+
+fn outcome(
+    attempt: &Attempt,
+    migrated: &Result<(), Error>,
+    board: &Board,
+) -> (MigrationStatus, Option<String>) {
+    match migrated {
+        Ok(()) => (MigrationStatus::Completed, None),
+        Err(error) if attempt.commit == Source::Unknown => {
+            let unknown = format!(
+                "{}; it is unknown whether the destination runs the guest, which stays paused here: \
+                 use 'cont' only if it does not",
+                describe(error)
+            );
+            (MigrationStatus::Unknown, Some(unknown))
+        }
+        Err(_) if board.is_cancelled() => (MigrationStatus::Cancelled, None),
+        Err(error) => (MigrationStatus::Failed, Some(describe(error))),
+    }
+}
+
+/// An id and a secret for a new session.
+fn secrets() -> Result<(u64, Token), Error> {
+    let random = |source: getrandom::Error| Error::Random(source.into());
+    let id = getrandom::u64().map_err(random)? & ID_MASK;
+    let mut token = Token::default();
+    getrandom::fill(&mut token).map_err(random)?;
+    Ok((id, token))
+}

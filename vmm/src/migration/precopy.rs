@@ -1,0 +1,105 @@
+//! [2] The migration's thread, once there is a connection: RAM in rounds while the guest runs, then
+//! the stop and the switchover.
+
+use super::board::Board;
+use super::converge::{Convergence, Decision};
+use super::link::{Link, SendError};
+use super::outgoing::{Attempt, Error, Parameters};
+use super::status::MigrationStatus;
+use super::switchover;
+use super::vm::SourceVm;
+use crate::memory::{PAGE_SIZE, PageRun};
+use crate::probes::{self, Guarded};
+use crate::spanlog::monotonic_ns;
+
+/// [2] Everything after the connection, from the first page to the destination's word that it runs
+/// the guest.
+///
+/// # Errors
+/// Whatever ended it; `attempt` says who has the guest then.
+pub(super) fn migration_thread(
+    vm: &impl SourceVm,
+    link: &mut Link,
+    attempt: &mut Attempt,
+    parameters: &Parameters,
+    board: &Board,
+) -> Result<(), Error> {
+    probes::migration_thread(attempt.id()).run(|_| {
+        let rest = ram_rounds(vm, link, parameters, board)?;
+        board.set_status(MigrationStatus::Device);
+        switchover::complete(vm, link, attempt, rest, parameters, board)
+    })
+}
+
+/// What precopy leaves for the stop.
+pub(super) struct Rest {
+    /// Pages that were taken from the dirty log and not sent yet.
+    pub(super) runs: Vec<PageRun>,
+    /// The number of the round that sends them.
+    pub(super) round: u32,
+}
+
+/// Sends all of RAM, then what was dirtied meanwhile, and again, until it is time to stop.
+fn ram_rounds(
+    vm: &impl SourceVm,
+    link: &mut Link,
+    parameters: &Parameters,
+    board: &Board,
+) -> Result<Rest, Error> {
+    let ram = vm.ram();
+    vm.set_dirty_log(true)?;
+    board.set_status(MigrationStatus::Active);
+    let mut convergence = Convergence::new(parameters.downtime_limit_ns, ram.size());
+    let mut runs = ram.all_pages();
+    let mut round = 1;
+    loop {
+        let began = monotonic_ns();
+        let sent = probes::ram_round(round.into()).run(|span| {
+            let sent = link.send_pages(&ram, round, &runs, board)?;
+            link.finish_round(round, sent)?;
+            (span.pages, span.bytes) = (sent.pages, sent.bytes);
+            Ok::<_, SendError>(sent)
+        })?;
+        let took_ns = monotonic_ns().saturating_sub(began);
+        link.read_clock()?;
+
+        runs = vm.take_dirty()?;
+        let remaining = bytes(&runs);
+        let decision = convergence.round(sent.bytes, took_ns, remaining);
+        board.set_expected_downtime(convergence.expected_ns(remaining));
+        board.update_ram(|ram| {
+            ram.remaining = remaining;
+            ram.dirty_sync_count += 1;
+            ram.dirty_pages_rate = per_second(remaining / PAGE_SIZE, took_ns);
+            ram.mbps = per_second(sent.bytes * 8, took_ns) as f64 / 1e6;
+            ram.precopy_bytes += sent.bytes;
+        });
+        match decision {
+            Decision::Another => round += 1,
+            Decision::Stop => {
+                return Ok(Rest {
+                    runs,
+                    round: round + 1,
+                });
+            }
+            Decision::GiveUp => {
+                return Err(Error::NotConverging {
+                    rounds: round,
+                    dirtied: remaining,
+                    rate: convergence.bytes_per_second(),
+                    limit_ms: parameters.downtime_limit_ns / 1_000_000,
+                });
+            }
+        }
+    }
+}
+
+/// Bytes of all `runs`.
+pub(super) fn bytes(runs: &[PageRun]) -> u64 {
+    runs.iter().map(|run| run.pages * PAGE_SIZE).sum()
+}
+
+fn per_second(count: u64, took_ns: u64) -> u64 {
+    let rate = u128::from(count) * 1_000_000_000 / u128::from(took_ns.max(1));
+    u64::try_from(rate).unwrap_or(u64::MAX)
+}

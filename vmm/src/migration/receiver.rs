@@ -1,0 +1,300 @@
+//! The destination's end of the connection: what arrives is checked, loaded and answered, in the
+//! one order that there is.
+
+use std::ffi::CString;
+
+use super::board::Board;
+use super::channel::Channel;
+use super::commit::{Destination, DestinationEvent};
+use super::incoming::{Error, finished};
+use super::status::MigrationStatus;
+use super::stream;
+use super::stream::frame::Kind;
+use super::stream::message::{
+    Ack, Commit, Device, End, Hello, Loaded, Ping, Pong, RoundEnd, RoundLoaded, Running, Token,
+    Welcome,
+};
+use super::stream::ram::{self, LoadError, Tally};
+use super::vm::TargetVm;
+use crate::memory::{GuestRam, PAGE_SIZE};
+use crate::probes::{self, Guarded};
+use crate::runstate::RunState;
+use crate::spanlog::{SpanLog, SpanRecord, monotonic_ns};
+
+/// Run states that a guest can arrive in.
+const ARRIVALS: [RunState; 5] = [
+    RunState::Running,
+    RunState::Paused,
+    RunState::Prelaunch,
+    RunState::Shutdown,
+    RunState::InternalError,
+];
+
+/// One connection to a source.
+pub(super) struct Receiver<'a, V> {
+    vm: &'a V,
+    channel: Channel,
+    /// This side's secret, which the source echoes in `commit`.
+    token: Token,
+    /// The source's, for `loaded`.
+    their_token: Token,
+    commit: Destination,
+    id: u64,
+    ram: GuestRam,
+    /// The round that is being loaded or comes next.
+    round: u32,
+    /// Whether the last round is loaded.
+    ram_complete: bool,
+    /// The devices in machine order.
+    devices: Vec<CString>,
+    /// How many of them have been touched.
+    devices_begun: usize,
+    /// Payload bytes of all `ram` frames so far.
+    bytes_loaded: u64,
+    first_run_ns: Option<u64>,
+}
+
+impl<'a, V: TargetVm> Receiver<'a, V> {
+    /// A session on a connection that was just accepted; `token` is its secret.
+    pub(super) fn new(vm: &'a V, channel: Channel, token: Token) -> Self {
+        Receiver {
+            vm,
+            channel,
+            token,
+            their_token: Token::default(),
+            commit: Destination::Receiving,
+            id: 0,
+            ram: vm.ram(),
+            round: 1,
+            ram_complete: false,
+            devices: vm.shape().device_names(),
+            devices_begun: 0,
+            bytes_loaded: 0,
+            first_run_ns: None,
+        }
+    }
+
+    /// The migration's id; 0 before the source has said it.
+    pub(super) fn id(&self) -> u64 {
+        self.id
+    }
+
+    /// When the guest's first vCPU entered `KVM_RUN` here.
+    pub(super) fn first_run_ns(&self) -> Option<u64> {
+        self.first_run_ns
+    }
+
+    /// Takes the guest in and starts it.
+    ///
+    /// # Errors
+    /// Whatever went wrong; the guest has not run here and never will.
+    pub(super) fn run(&mut self, board: &Board, log: &SpanLog) -> Result<(), Error> {
+        self.greet()?;
+        board.set_status(MigrationStatus::Active);
+        let state = self.load(board)?;
+
+        self.commit = self.commit.on(DestinationEvent::Verified);
+        board.seal()?;
+        self.channel.send(&Loaded {
+            token: self.their_token,
+        })?;
+        let received_ns = self.wait_commit()?;
+        self.go_on(state, board)?;
+        self.commit = self.commit.on(DestinationEvent::Commit);
+
+        let first_run_ns = self.first_run_ns;
+        let spans = finished(log);
+        let sent_ns = monotonic_ns();
+        let running = Running {
+            received_ns,
+            first_run_ns,
+            sent_ns,
+            spans,
+        };
+        if let Err(error) = self.channel.send(&running) {
+            // The guest is here all the same; it is the source that will not know.
+            tracing::warn!("the source was not told that the guest runs: {error}");
+        }
+        Ok(())
+    }
+
+    /// Tells the source that this side does not take the guest, and sees to it that it can't.
+    pub(super) fn give_up(mut self, reason: String, spans: Vec<SpanRecord>) {
+        self.commit = self.commit.on(DestinationEvent::Fail);
+        if self.commit == Destination::Failed && self.devices_begun > 0 {
+            self.vm.spoil();
+        }
+        self.channel.give_up(reason, spans);
+    }
+
+    /// Learns what the source has, and accepts it.
+    fn greet(&mut self) -> Result<(), Error> {
+        self.channel.send_preface()?;
+        self.channel.receive_preface()?;
+        let hello: Hello = self
+            .channel
+            .receive()?
+            .decode("the source's introduction")?;
+        self.vm.shape().accepts(&hello)?;
+        (self.id, self.their_token) = (hello.id, hello.token);
+        Ok(self.channel.send(&Welcome { token: self.token })?)
+    }
+
+    /// Loads everything up to `end`, and returns the run state that the guest comes in.
+    fn load(&mut self, board: &Board) -> Result<RunState, Error> {
+        loop {
+            let kind = self.channel.advance()?;
+            let now_ns = monotonic_ns();
+            match kind {
+                Kind::Ping => self.tell_time(now_ns)?,
+                Kind::Ram | Kind::RoundEnd if !self.ram_complete => {
+                    self.load_round()?;
+                    if self.ram_complete {
+                        board.set_status(MigrationStatus::Device);
+                    }
+                }
+                Kind::Device if self.ram_complete => self.load_device()?,
+                Kind::End if self.devices_begun == self.devices.len() => return self.end(),
+                _ => {
+                    let expected = match (self.ram_complete, self.devices_begun) {
+                        (false, _) => "a page",
+                        (true, begun) if begun < self.devices.len() => "a device",
+                        (true, _) => "the end",
+                    };
+                    return Err(self.channel.current().unexpected(expected).into());
+                }
+            }
+        }
+    }
+
+    fn tell_time(&mut self, t2: u64) -> Result<(), Error> {
+        let Ping { t1 } = self.channel.current().decode("a question for the time")?;
+        Ok(self.channel.send(&Pong {
+            t1,
+            t2,
+            t3: monotonic_ns(),
+        })?)
+    }
+
+    /// Loads a round, whose first frame has arrived, to its end.
+    fn load_round(&mut self) -> Result<(), Error> {
+        probes::ram_load(self.round.into()).run(|span| {
+            let mut tally = Tally::default();
+            while self.channel.current().kind == Kind::Ram {
+                tally.add(self.load_pages()?);
+                (span.pages, span.bytes) = (tally.pages, tally.bytes);
+                self.channel.send(&Ack {
+                    bytes: self.bytes_loaded,
+                })?;
+                self.channel.advance()?;
+            }
+            self.end_round(tally)
+        })
+    }
+
+    fn load_pages(&mut self) -> Result<Tally, Error> {
+        let frame = self.channel.current();
+        let (round, tally) = ram::load(&self.ram, frame.payload).map_err(|error| match error {
+            LoadError::Malformed(problem) => Error::from(frame.malformed(problem.to_owned())),
+            LoadError::Memory(source) => source.into(),
+        })?;
+        if round != self.round {
+            let problem = format!("it is of round {round}, in round {}", self.round);
+            return Err(frame.malformed(problem).into());
+        }
+        self.bytes_loaded += tally.bytes;
+        Ok(tally)
+    }
+
+    fn end_round(&mut self, tally: Tally) -> Result<(), Error> {
+        let frame = self.channel.current();
+        let end: RoundEnd = frame.decode("a page or the end of a round")?;
+        let all = self.ram.size() / PAGE_SIZE;
+        let problem = if (end.round, end.pages) != (self.round, tally.pages) {
+            let RoundEnd { round, pages, .. } = end;
+            let (ours, loaded) = (self.round, tally.pages);
+            Some(format!(
+                "round {round} has {pages} pages, {loaded} of round {ours} arrived"
+            ))
+        } else if end.round == 1 && end.pages != all {
+            Some(format!("the first round has {} pages of {all}", end.pages))
+        } else {
+            None
+        };
+        if let Some(problem) = problem {
+            return Err(frame.malformed(problem).into());
+        }
+        self.round = self.round.wrapping_add(1);
+        if !end.last {
+            return Ok(self.channel.send(&RoundLoaded { round: end.round })?);
+        }
+        self.ram_complete = true;
+        match end.checksum {
+            Some(there) => {
+                let here = self.ram.checksum()?;
+                if here == there {
+                    Ok(())
+                } else {
+                    Err(Error::Checksum { here, there })
+                }
+            }
+            None => Ok(()),
+        }
+    }
+
+    fn load_device(&mut self) -> Result<(), Error> {
+        let frame = self.channel.current();
+        let device: Device<'_> = frame.decode("a device")?;
+        let index = self.devices_begun;
+        let due = self
+            .devices
+            .get(index)
+            .filter(|due| due.to_bytes() == device.name.as_bytes());
+        let Some(name) = due else {
+            let found = device.name.to_owned();
+            return Err(frame
+                .malformed(format!("{found} is not the device that is due"))
+                .into());
+        };
+        self.devices_begun += 1;
+        probes::device_load(name).run(|span| {
+            span.bytes = device.state.len() as u64;
+            let loaded = self.vm.load_device(index, device.version, device.state);
+            loaded.map_err(|source| Error::LoadDevice {
+                name: device.name.to_owned(),
+                source,
+            })
+        })
+    }
+
+    fn end(&mut self) -> Result<RunState, Error> {
+        let frame = self.channel.current();
+        let End { state } = frame.decode("the end")?;
+        let known = ARRIVALS.into_iter().find(|known| known.name() == state);
+        Ok(known.ok_or_else(|| frame.malformed(format!("a guest can't be {state}")))?)
+    }
+
+    /// Waits for the source to hand the guest over, and returns when it did.
+    fn wait_commit(&mut self) -> Result<u64, Error> {
+        probes::switchover(self.id)
+            .run(|_| {
+                self.channel.advance()?;
+                let received_ns = monotonic_ns();
+                let frame = self.channel.current();
+                let Commit { token } = frame.decode("the commit")?;
+                if token != self.token {
+                    return Err(frame.malformed("it is of another session".to_owned()));
+                }
+                Ok::<_, stream::Error>(received_ns)
+            })
+            .map_err(Error::from)
+    }
+
+    /// Lets the guest go on as it was at the source.
+    fn go_on(&mut self, state: RunState, board: &Board) -> Result<(), Error> {
+        let wanted = state.is_running() && !board.autostart();
+        let state = if wanted { RunState::Paused } else { state };
+        self.first_run_ns = self.vm.go_on(state)?;
+        Ok(())
+    }
+}

@@ -1,0 +1,106 @@
+//! Writes frames.
+
+use std::io::{self, Write};
+
+use super::Error;
+use super::frame::{HEADER_LEN, Header, Kind, PREFACE, Problem};
+use super::message::Message;
+use super::timed_out;
+use crate::probes;
+
+/// Writes one direction of a stream.
+pub(crate) struct FrameWriter<W> {
+    inner: W,
+    offset: u64,
+    sequence: u32,
+    scratch: Vec<u8>,
+}
+
+impl<W: Write> FrameWriter<W> {
+    /// A writer of frames; [`FrameWriter::preface`] comes first.
+    pub(crate) fn new(inner: W) -> Self {
+        FrameWriter {
+            inner,
+            offset: 0,
+            sequence: 0,
+            scratch: Vec::new(),
+        }
+    }
+
+    /// Starts the stream.
+    pub(crate) fn preface(&mut self) -> Result<(), Error> {
+        self.write(&PREFACE)
+    }
+
+    /// Sends a message in one write.
+    pub(crate) fn send<'a, M: Message<'a>>(&mut self, message: &M) -> Result<(), Error> {
+        let mut frame = std::mem::take(&mut self.scratch);
+        frame.clear();
+        frame.resize(HEADER_LEN, 0);
+        let mut frame =
+            postcard::to_extend(message, frame).map_err(|e| self.refuse(M::KIND, e.to_string()))?;
+        let sent = self.send_frame(M::KIND, &mut frame);
+        self.scratch = frame;
+        sent
+    }
+
+    /// Sends a frame in one write. Its payload starts at [`HEADER_LEN`] of `frame`; the bytes
+    /// before it are for the header, which this fills in.
+    pub(crate) fn send_frame(&mut self, kind: Kind, frame: &mut [u8]) -> Result<(), Error> {
+        let payload = frame.get(HEADER_LEN..).unwrap_or_default();
+        let length = u32::try_from(payload.len()).unwrap_or(u32::MAX);
+        if payload.len() > kind.max_len() {
+            return Err(self.refuse(kind, Problem::Length { kind, length }.to_string()));
+        }
+        let sequence = self.sequence;
+        let header = Header {
+            kind,
+            length,
+            sequence,
+            payload_sum: crc32c::crc32c(payload),
+        };
+        frame[..HEADER_LEN].copy_from_slice(&header.encode());
+        self.sequence = sequence.wrapping_add(1);
+        if kind.is_switchover() {
+            probes::channel_send(kind.c_name(), sequence.into());
+        }
+        self.write(frame)
+    }
+
+    fn refuse(&self, kind: Kind, problem: String) -> Error {
+        Error::Malformed {
+            offset: self.offset,
+            kind,
+            problem,
+        }
+    }
+
+    fn write(&mut self, mut bytes: &[u8]) -> Result<(), Error> {
+        while !bytes.is_empty() {
+            let offset = self.offset;
+            let written = match self.inner.write(bytes) {
+                Ok(0) => Err(io::ErrorKind::WriteZero.into()),
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
+                result => result,
+            };
+            let written = written.map_err(|e| Error::Write {
+                offset,
+                source: timed_out(e),
+            })?;
+            self.offset += written as u64;
+            bytes = bytes.get(written..).unwrap_or_default();
+        }
+        Ok(())
+    }
+
+    /// What was written to.
+    #[cfg(test)]
+    pub(crate) fn into_inner(self) -> W {
+        self.inner
+    }
+
+    /// How many bytes the connection has taken.
+    pub(crate) fn offset(&self) -> u64 {
+        self.offset
+    }
+}

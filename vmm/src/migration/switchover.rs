@@ -1,0 +1,161 @@
+//! The switchover at the source: stop, last pages, devices, and the commit.
+//!
+//! `commit.rs` is the rule of who has the guest; here it is carried out.
+
+use super::board::Board;
+use super::commit::SourceEvent;
+use super::link::{Committed, Link};
+use super::outgoing::{Attempt, Error, Parameters};
+use super::precopy::{Rest, bytes};
+use super::vm::SourceVm;
+use crate::memory::{PAGE_SIZE, PageRun};
+use crate::probes::{self, Guarded};
+use crate::runstate::RunState;
+
+/// Stops the guest, sends the rest, and hands the guest over.
+///
+/// # Errors
+/// Whatever went wrong; `attempt` says who has the guest then.
+pub(super) fn complete(
+    vm: &impl SourceVm,
+    link: &mut Link,
+    attempt: &mut Attempt,
+    rest: Rest,
+    parameters: &Parameters,
+    board: &Board,
+) -> Result<(), Error> {
+    attempt.commit = attempt.commit.on(SourceEvent::Stop);
+    vm.migration_stop_vm(&mut attempt.stop)?;
+    ram_final(vm, link, rest, parameters, board)?;
+    device_save(vm, link, attempt)?;
+    let old = attempt.stop.vm_old_state.unwrap_or(RunState::Paused);
+    link.send_end(old)?;
+    switchover(vm, link, attempt, board)
+}
+
+/// Sends the pages that are dirty still. The handlers of the stop have run: what they wrote to
+/// guest RAM, such as the tables of the ITS, is among them.
+fn ram_final(
+    vm: &impl SourceVm,
+    link: &mut Link,
+    rest: Rest,
+    parameters: &Parameters,
+    board: &Board,
+) -> Result<(), Error> {
+    probes::ram_final().run(|span| {
+        let ram = vm.ram();
+        let runs = merge(rest.runs, vm.take_dirty()?);
+        board.update_ram(|ram| {
+            ram.remaining = bytes(&runs);
+            ram.dirty_sync_count += 1;
+        });
+        let sent = link.send_pages(&ram, rest.round, &runs, board)?;
+        let checksum = if parameters.verify_ram {
+            Some(ram.checksum()?)
+        } else {
+            None
+        };
+        link.finish_last_round(rest.round, sent, checksum)?;
+        (span.pages, span.bytes) = (sent.pages, sent.bytes);
+        board.update_ram(|ram| ram.downtime_bytes = sent.bytes);
+        Ok(())
+    })
+}
+
+/// Reads every device's state and sends it.
+fn device_save(vm: &impl SourceVm, link: &mut Link, attempt: &Attempt) -> Result<(), Error> {
+    for (index, name) in attempt.devices.iter().enumerate() {
+        probes::device_save(name).run(|span| {
+            let saved = vm.save_device(index).map_err(|source| {
+                let name = name.to_string_lossy().into_owned();
+                Error::SaveDevice { name, source }
+            })?;
+            span.bytes = saved.state.len() as u64;
+            Ok::<_, Error>(link.send_device(&saved)?)
+        })?;
+    }
+    Ok(())
+}
+
+/// Waits for the destination to be ready, commits, and waits for it to run the guest.
+fn switchover(
+    vm: &impl SourceVm,
+    link: &mut Link,
+    attempt: &mut Attempt,
+    board: &Board,
+) -> Result<(), Error> {
+    probes::switchover(attempt.id()).run(|_| {
+        link.wait_loaded()?;
+        board.seal()?;
+        let mut committed = None;
+        vm.commit(&mut || committed = Some(link.send_commit()))
+            .map_err(Error::Interrupted)?;
+        match committed {
+            Some(Committed::Yes(sent)) => {
+                attempt.commit = attempt.commit.on(SourceEvent::Loaded);
+                sent?;
+            }
+            Some(Committed::No(error)) => return Err(error.into()),
+            None => {}
+        }
+        let (first_run_ns, spans) = link.wait_running()?;
+        attempt.commit = attempt.commit.on(SourceEvent::Running);
+        attempt.first_run_ns = first_run_ns;
+        attempt.peer_spans = spans;
+        Ok::<_, Error>(())
+    })?;
+    if let Some(ns) = attempt.downtime_ns(link.clock()) {
+        probes::downtime_end(attempt.id(), ns);
+    }
+    Ok(())
+}
+
+/// The pages of both lists, each once, in address order.
+fn merge(mut runs: Vec<PageRun>, more: Vec<PageRun>) -> Vec<PageRun> {
+    runs.extend(more);
+    runs.sort_unstable_by_key(|run| run.gpa);
+    let mut merged: Vec<PageRun> = Vec::with_capacity(runs.len());
+    for run in runs {
+        let end = run.gpa + run.pages * PAGE_SIZE;
+        match merged.last_mut() {
+            Some(last) if run.gpa <= last.gpa + last.pages * PAGE_SIZE => {
+                let pages = end.saturating_sub(last.gpa) / PAGE_SIZE;
+                last.pages = last.pages.max(pages);
+            }
+            _ => merged.push(run),
+        }
+    }
+    merged
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn runs(runs: &[(u64, u64)]) -> Vec<PageRun> {
+        runs.iter()
+            .map(|&(page, pages)| PageRun {
+                gpa: page * PAGE_SIZE,
+                pages,
+            })
+            .collect()
+    }
+
+    #[test]
+    fn a_page_that_is_dirty_twice_is_sent_once() {
+        let cases: [(&[_], &[_], &[_]); 5] = [
+            (&[], &[], &[]),
+            (&[(1, 2)], &[], &[(1, 2)]),
+            (
+                &[(1, 2), (9, 1)],
+                &[(3, 1), (5, 2)],
+                &[(1, 3), (5, 2), (9, 1)],
+            ),
+            (&[(1, 8)], &[(2, 1), (8, 4)], &[(1, 11)]),
+            (&[(4, 1)], &[(4, 1)], &[(4, 1)]),
+        ];
+        for (first, second, merged) in cases {
+            assert_eq!(merge(runs(first), runs(second)), runs(merged));
+        }
+    }
+}

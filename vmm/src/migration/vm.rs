@@ -1,0 +1,189 @@
+//! What a migration asks of the VM, on either side, and the machine's answers.
+//!
+//! The traits are small so that the whole protocol, with every way in which it can break, is tested
+//! without KVM.
+
+use std::ffi::CString;
+use std::sync::{MutexGuard, PoisonError};
+use std::time::Duration;
+
+use super::stop;
+use super::stream::header::Shape;
+use crate::arch;
+use crate::control;
+use crate::devices::StateError;
+use crate::machine::{Machine, SharedMachine};
+use crate::memory::{self, GuestRam, PageRun};
+use crate::runstate::RunState;
+
+/// How long a guest that was started may take to enter `KVM_RUN`. It is only waited for so that the
+/// downtime is known; the guest has been started either way.
+const FIRST_RUN_TIMEOUT: Duration = Duration::from_secs(5);
+
+/// A device's state, read.
+pub(super) struct SavedDevice {
+    /// Its name in the stream.
+    pub(super) name: CString,
+    /// The version of the state.
+    pub(super) version: u32,
+    /// The state.
+    pub(super) state: Vec<u8>,
+}
+
+/// What both sides ask. Each call takes the machine's lock for as long as it lasts.
+pub(super) trait MigrationVm {
+    /// What the other side must have too.
+    fn shape(&self) -> Shape;
+    /// Guest RAM.
+    fn ram(&self) -> GuestRam;
+}
+
+/// The VM of an outgoing migration.
+pub(super) trait SourceVm: MigrationVm {
+    /// Switches the dirty log.
+    fn set_dirty_log(&self, on: bool) -> Result<(), memory::Error>;
+    /// The pages written since the last call.
+    fn take_dirty(&self) -> Result<Vec<PageRun>, memory::Error>;
+    /// [3] Stops the guest for the switchover; see [`stop::migration_stop_vm`].
+    fn migration_stop_vm(&self, stop: &mut stop::Stop) -> Result<(), control::Error>;
+    /// Saves the device with this place in machine order.
+    fn save_device(&self, index: usize) -> Result<SavedDevice, StateError>;
+    /// Calls `send` with the machine locked, if it still is in the state of a switchover. While the
+    /// lock is held nobody can start the guest or end it, so what `send` tells the destination is
+    /// true.
+    ///
+    /// # Errors
+    /// The state that the machine is in instead; `send` was not called.
+    fn commit(&self, send: &mut dyn FnMut()) -> Result<(), RunState>;
+    /// Lets the guest go on in the state `old`, unless it left the state of a switchover by itself.
+    ///
+    /// # Errors
+    /// When it can't be started; it is paused then, and a person may try.
+    fn resume(&self, old: RunState) -> Result<(), control::Error>;
+    /// The guest is the destination's, or may be: only a person can run it here again.
+    fn postmigrate(&self);
+}
+
+/// The VM of an incoming migration.
+pub(super) trait TargetVm: MigrationVm {
+    /// Loads a state into the device with this place.
+    fn load_device(&self, index: usize, version: u32, state: &[u8]) -> Result<(), StateError>;
+    /// Lets the guest go on in the state `old`, and returns when its first vCPU entered the guest,
+    /// ns of `CLOCK_MONOTONIC`, if `old` is running.
+    fn go_on(&self, old: RunState) -> Result<Option<u64>, control::Error>;
+    /// Devices hold part of a state: this machine can't be used any more.
+    fn spoil(&self);
+}
+
+impl MigrationVm for SharedMachine {
+    fn shape(&self) -> Shape {
+        let mut machine = lock(self);
+        let ram = machine.ram().regions().collect();
+        let vcpus = u32::try_from(machine.vcpus().len()).unwrap_or(u32::MAX);
+        let devices = machine.devices_mut().iter();
+        let devices = devices.map(|d| (d.name().to_string_lossy().into_owned(), d.version()));
+        Shape {
+            arch: arch::NAME.to_owned(),
+            ram,
+            vcpus,
+            devices: devices.collect(),
+        }
+    }
+
+    fn ram(&self) -> GuestRam {
+        lock(self).ram().clone()
+    }
+}
+
+impl SourceVm for SharedMachine {
+    fn set_dirty_log(&self, on: bool) -> Result<(), memory::Error> {
+        let machine = lock(self);
+        machine.ram().set_dirty_log(machine.vm(), on)
+    }
+
+    fn take_dirty(&self) -> Result<Vec<PageRun>, memory::Error> {
+        let machine = lock(self);
+        machine.ram().take_dirty(machine.vm())
+    }
+
+    fn migration_stop_vm(&self, stop: &mut stop::Stop) -> Result<(), control::Error> {
+        stop::migration_stop_vm(&mut lock(self), stop)
+    }
+
+    fn save_device(&self, index: usize) -> Result<SavedDevice, StateError> {
+        let mut machine = lock(self);
+        let device = machine.devices_mut().get_mut(index).ok_or_else(no_device)?;
+        let state = device.save()?;
+        Ok(SavedDevice {
+            name: device.name().to_owned(),
+            version: device.version(),
+            state,
+        })
+    }
+
+    fn commit(&self, send: &mut dyn FnMut()) -> Result<(), RunState> {
+        let machine = lock(self);
+        match machine.run_state() {
+            RunState::FinishMigrate => {
+                send();
+                Ok(())
+            }
+            other => Err(other),
+        }
+    }
+
+    fn resume(&self, old: RunState) -> Result<(), control::Error> {
+        let mut machine = lock(self);
+        if machine.run_state() != RunState::FinishMigrate {
+            return Ok(());
+        }
+        let resumed = continue_in(&mut machine, old);
+        if resumed.is_err() {
+            // No way out leads from the state of a switchover but this one.
+            machine.set_state(RunState::Paused)?;
+        }
+        resumed
+    }
+
+    fn postmigrate(&self) {
+        // Whatever else the machine became meanwhile, such as shut down, does not run either.
+        let _ = lock(self).set_state(RunState::Postmigrate);
+    }
+}
+
+impl TargetVm for SharedMachine {
+    fn load_device(&self, index: usize, version: u32, state: &[u8]) -> Result<(), StateError> {
+        let mut machine = lock(self);
+        let device = machine.devices_mut().get_mut(index).ok_or_else(no_device)?;
+        device.load(version, state)
+    }
+
+    fn go_on(&self, old: RunState) -> Result<Option<u64>, control::Error> {
+        let mut machine = lock(self);
+        continue_in(&mut machine, old)?;
+        let first_run = || machine.vcpus().wait_first_run(FIRST_RUN_TIMEOUT);
+        Ok(old.is_running().then(first_run).flatten())
+    }
+
+    fn spoil(&self) {
+        // A machine that is not waiting for a migration any more has been dealt with by a person.
+        let _ = lock(self).set_state(RunState::InternalError);
+    }
+}
+
+/// Takes the machine's lock.
+pub(super) fn lock(machine: &SharedMachine) -> MutexGuard<'_, Machine> {
+    machine.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
+fn continue_in(machine: &mut Machine, state: RunState) -> Result<(), control::Error> {
+    if state.is_running() {
+        control::vm_start(machine)
+    } else {
+        Ok(machine.set_state(state)?)
+    }
+}
+
+fn no_device() -> StateError {
+    StateError::Invalid("there is no such device".to_owned())
+}
