@@ -14,25 +14,12 @@ use harness::{GuestView, Vmm, VmmOptions, programs, skip};
 
 const LIMIT: Duration = Duration::from_secs(120);
 
-/// Probes that only one architecture's monitor has.
-fn belongs_elsewhere(name: &str) -> bool {
-    let foreign: &[&str] = match std::env::consts::ARCH {
-        "x86_64" => &["its_", "gic_", "kvm_device_access"],
-        _ => &["kvm_get_clock", "kvm_set_clock"],
-    };
-    foreign.iter().any(|prefix| name.starts_with(prefix))
-}
-
 #[test]
 fn the_built_monitor_has_the_probes_of_the_table() -> Result<()> {
     let binary = Binary::open(&programs::vmm()?)?;
     let sites = || binary.sites.iter().filter(|site| site.provider == PROVIDER);
     let built: BTreeSet<_> = sites().map(|site| site.name.as_str()).collect();
-    let table: BTreeSet<_> = PROBES
-        .iter()
-        .map(|p| p.name)
-        .filter(|name| !belongs_elsewhere(name))
-        .collect();
+    let table: BTreeSet<_> = PROBES.iter().map(|p| p.name).collect();
     let missing: Vec<_> = table.difference(&built).collect();
     let unknown: Vec<_> = built
         .iter()
@@ -74,7 +61,7 @@ fn bpftrace_lists_every_probe() -> Result<()> {
         .arg(format!("usdt:{}:*", vmm.display()))
         .output()?;
     let listed = String::from_utf8_lossy(&output.stdout);
-    for probe in PROBES.iter().filter(|p| !belongs_elsewhere(p.name)) {
+    for probe in PROBES {
         let line = format!(":{PROVIDER}:{}", probe.name);
         ensure!(
             listed.lines().any(|l| l.ends_with(&line)),

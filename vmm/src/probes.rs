@@ -97,6 +97,19 @@ macro_rules! detail {
     ($arg:ident $kind:ident $($rest:tt)*) => { detail!($($rest)*) };
 }
 
+/// Keeps functions that one architecture never calls: the linker would drop their code and leave
+/// their notes behind, which point nowhere then. So every monitor has every probe of the table.
+macro_rules! keep {
+    ($($kind:ty = $function:path;)*) => {
+        const _: () = {
+            $({
+                #[used]
+                static KEEP: $kind = $function;
+            })*
+        };
+    };
+}
+
 macro_rules! emit {
     () => {};
     (span $hop:literal $wait:ident $row:ident
@@ -148,6 +161,11 @@ macro_rules! emit {
             $row::Guard { $($e: unset!($e $ekind),)* log, tracing }
         }
 
+        keep! {
+            fn($(argument!(borrowed $bkind)),*) -> $row::Guard = $row;
+            fn($row::Guard) = drop;
+        }
+
         emit! { $($rest)* }
     };
     (point $hop:literal $row:ident($($a:ident: $kind:ident = $adoc:literal),*)
@@ -160,6 +178,8 @@ macro_rules! emit {
             $(let $a = Operand::operand($a);)*
             probe::probe!(vmm, $row $(, $a)*);
         }
+
+        keep! { fn($(argument!(borrowed $kind)),*) = $row; }
 
         emit! { $($rest)* }
     };
