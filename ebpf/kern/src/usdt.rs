@@ -58,7 +58,10 @@ impl<const SLEEPABLE: bool> Reader<SLEEPABLE> {
     ) {
         let mut unread = 0;
         for index in 0..MAX_ARGS {
-            let value = self.arg(&spec.specs[index]);
+            let mut value = Some(0);
+            if index < spec.args as usize {
+                value = self.arg(&spec.specs[index]);
+            }
             if value.is_none() {
                 unread |= 1 << index;
             }

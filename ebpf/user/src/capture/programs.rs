@@ -1,6 +1,7 @@
 //! The loaded eBPF object: its settings and its maps. Which of its programs run, and where, is
 //! [`attach`](super::attach)'s part.
 
+use std::io::ErrorKind;
 use std::os::fd::{AsFd, BorrowedFd};
 
 use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, RingBuf};
@@ -78,11 +79,13 @@ impl Programs {
         self.targets.insert(pid, 1, 0).map_err(failed("TARGETS"))
     }
 
-    /// The process ended, or is to be left alone.
+    /// The process is to be left alone from here on; it may have ended, or been removed before.
     pub(super) fn remove_target(&mut self, pid: u32) -> Result<(), Error> {
         match self.targets.remove(&pid) {
-            Ok(()) | Err(MapError::KeyNotFound) => Ok(()),
-            Err(source) => Err(failed("TARGETS")(source)),
+            Err(MapError::SyscallError(error)) if error.io_error.kind() == ErrorKind::NotFound => {
+                Ok(())
+            }
+            result => result.map_err(failed("TARGETS")),
         }
     }
 
