@@ -170,6 +170,10 @@ impl Tally {
     /// Passes a line of output on and counts what it says.
     fn line(&mut self, line: &str) {
         println!("{line}");
+        self.count(line);
+    }
+
+    fn count(&mut self, line: &str) {
         if line.contains("SKIP: ") {
             self.early += 1;
         }
@@ -231,7 +235,7 @@ mod tests {
             "test a ... SKIP: a: no KVM",
             RESULT,
         ] {
-            tally.line(line);
+            tally.count(line);
         }
         tally.ended(false, "both");
         assert_eq!(tally.to_string(), "5 passed, 2 failed, 5 skipped");
@@ -240,7 +244,7 @@ mod tests {
     #[test]
     fn a_program_that_dies_without_a_result_is_a_failure() {
         let mut tally = Tally::default();
-        tally.line(RESULT);
+        tally.count(RESULT);
         tally.ended(false, "first");
         tally.ended(false, "second");
         assert_eq!(tally.to_string(), "3 passed, 2 failed, 2 skipped");

@@ -3,6 +3,7 @@
 mod initramfs;
 mod machine;
 
+use std::io::{self, Write};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -10,6 +11,7 @@ use anyhow::{Context, Result};
 pub(crate) use self::machine::{Mode, Testbed};
 use crate::artifacts::{self, Platform};
 use crate::kernel::{Kernel, Series};
+use crate::setup::{self, Purpose};
 
 /// Arguments of `cargo xtask testbed`.
 #[derive(clap::Args)]
@@ -42,6 +44,7 @@ pub(crate) struct Arguments {
 
 /// Runs the verb; the exit code is the command's.
 pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
+    setup::ensure(&[Purpose::Testbed])?;
     let mut testbed = Testbed::new(Kernel::find(arguments.kernel)?, &arguments.name)
         .memory_mib(arguments.memory)
         .mode(if arguments.icount {
@@ -63,7 +66,8 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
         testbed.interact(&command)?
     } else {
         testbed.run(&command, Duration::from_secs(arguments.timeout), |line| {
-            println!("{line}")
+            // A reader that went away, such as `head`, is no reason to stop the command.
+            let _ = writeln!(io::stdout(), "{line}");
         })?
     };
     eprintln!(

@@ -4,7 +4,7 @@
 //! so the VMM's arm64 half meets the real `KVM_DEV_ARM_ITS_SAVE_TABLES`.
 
 use std::fs;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
 use std::time::{Duration, Instant};
 
@@ -210,7 +210,7 @@ impl Testbed {
             ])
             .args(["-nodefaults", "-display", "none", "-no-reboot"])
             .arg("-serial")
-            .arg(format!("file:{}", self.log_file().display()))
+            .arg(format!("file:{}", option(&self.log_file())))
             .arg("-kernel")
             .arg(&self.kernel.image)
             .arg("-initrd")
@@ -220,13 +220,13 @@ impl Testbed {
             .arg("-chardev")
             .arg(format!(
                 "file,id=status,path={}",
-                self.status_file().display()
+                option(&self.status_file())
             ))
             .args(["-device", "virtserialport,chardev=status,nr=2"])
             .arg("-virtfs")
             .arg(format!(
                 "local,path={},mount_tag=share,security_model=none",
-                self.share().display()
+                option(&self.share())
             ));
         match self.mode {
             Mode::Function => qemu.args(["-accel", "tcg,thread=multi", "-smp", "2"]),
@@ -272,7 +272,27 @@ impl Testbed {
     }
 }
 
+/// `path` as a value within one of QEMU's comma-separated options.
+fn option(path: &Path) -> String {
+    path.display().to_string().replace(',', ",,")
+}
+
 /// `word` as one word of a POSIX shell.
 fn quote(word: &str) -> String {
     format!("'{}'", word.replace('\'', r"'\''"))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn words_reach_the_shell_as_they_are() {
+        assert_eq!(quote("it's $HOME"), r"'it'\''s $HOME'");
+    }
+
+    #[test]
+    fn commas_do_not_end_an_option() {
+        assert_eq!(option(Path::new("/a,b/c")), "/a,,b/c");
+    }
 }
