@@ -5,6 +5,7 @@ use socket2::Socket;
 use super::board::Board;
 use super::channel::Channel;
 use super::clock::{Clock, Sample};
+use super::status::describe;
 use super::stream::Error;
 use super::stream::frame::Kind;
 use super::stream::header::Shape;
@@ -90,23 +91,33 @@ impl Link {
         shape: &Shape,
     ) -> Result<Self, Error> {
         let duplicate = |source| Error::Write { offset: 0, source };
-        let mut channel = Channel::new(socket).map_err(duplicate)?;
-        channel.send_preface()?;
-        channel.send(&shape.hello(id, token))?;
-        channel.receive_preface()?;
-        let welcome: Welcome = channel.receive()?.decode("the destination's answer")?;
         let mut link = Link {
-            channel,
+            channel: Channel::new(socket).map_err(duplicate)?,
             clock: Clock::default(),
             token,
-            their_token: welcome.token,
+            their_token: Token::default(),
             flow: Flow::default(),
             commit_ns: 0,
         };
-        for _ in 0..CLOCK_SAMPLES {
-            link.read_clock()?;
+        match link.greet(id, shape) {
+            Ok(()) => Ok(link),
+            Err(error) => {
+                link.give_up(describe(&error));
+                Err(error)
+            }
         }
-        Ok(link)
+    }
+
+    fn greet(&mut self, id: u64, shape: &Shape) -> Result<(), Error> {
+        self.channel.send_preface()?;
+        self.channel.send(&shape.hello(id, self.token))?;
+        self.channel.receive_preface()?;
+        let welcome: Welcome = self.channel.receive()?.decode("the destination's answer")?;
+        self.their_token = welcome.token;
+        for _ in 0..CLOCK_SAMPLES {
+            self.read_clock()?;
+        }
+        Ok(())
     }
 
     /// Takes a sample of the destination's clock, while nothing else is under way.

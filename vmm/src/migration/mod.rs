@@ -25,6 +25,9 @@ mod switchover;
 pub mod uri;
 mod vm;
 
+#[cfg(test)]
+mod tests;
+
 use std::io;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::thread::{self, JoinHandle};

@@ -123,7 +123,8 @@ mod tests {
 
     #[test]
     fn a_difference_is_named() {
-        let cases: [(fn(&mut Hello), &str); 5] = [
+        type Change = fn(&mut Hello);
+        let cases: [(Change, &str); 5] = [
             (
                 |h| h.arch = "x86_64".into(),
                 "architecture is aarch64, the source's x86_64",

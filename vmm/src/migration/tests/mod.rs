@@ -1,0 +1,346 @@
+//! The whole protocol without KVM: two made-up VMs, a real connection, and whatever can break it.
+
+mod faults;
+mod outcomes;
+
+use std::ffi::CString;
+use std::io;
+use std::sync::{Arc, Mutex, MutexGuard};
+use std::thread;
+
+use tempfile::TempDir;
+
+use super::board::Board;
+use super::connect::Listener;
+use super::status::{MigrationStatus, QueryMigrate, Side, Span};
+use super::stop::Stop;
+use super::stream::header::Shape;
+use super::uri::Uri;
+use super::vm::{MigrationVm, SavedDevice, SourceVm, TargetVm};
+use super::{Parameters, incoming, outgoing};
+use crate::control;
+use crate::devices::StateError;
+use crate::memory::{self, GuestRam, PAGE_SIZE, PageRun};
+use crate::runstate::{EventSender, RunState};
+use crate::spanlog::monotonic_ns;
+
+const PAGES: u64 = 8;
+const DEVICES: [&str; 2] = ["cpu/0", "gic"];
+
+/// A VM that is made up of RAM, a run state, and two devices.
+#[derive(Clone)]
+struct Fake {
+    ram: GuestRam,
+    shape: Shape,
+    state: Arc<Mutex<State>>,
+    faults: Faults,
+}
+
+#[derive(Debug)]
+struct State {
+    run: RunState,
+    devices: Vec<Vec<u8>>,
+    dirty_log: bool,
+    /// How often the dirty log was read.
+    reads: u64,
+}
+
+/// What a test does in the middle of a migration.
+type Hook = Arc<dyn Fn(&Fake) + Send + Sync>;
+
+/// What goes wrong in a VM, or happens to it.
+#[derive(Clone, Default)]
+struct Faults {
+    stop: bool,
+    save: bool,
+    load: bool,
+    start: bool,
+    /// The guest writes this many pages between two looks at the dirty log.
+    busy: u64,
+    /// A page that changes without being in the dirty log.
+    lost_page: bool,
+    /// Runs right after the stop.
+    on_stop: Option<Hook>,
+}
+
+impl Fake {
+    fn source() -> Fake {
+        let fake = Fake::new(RunState::Running);
+        for page in [0, 2, 3, 7] {
+            fake.ram
+                .write(page * PAGE_SIZE, &[page as u8 + 1; 64])
+                .unwrap();
+        }
+        fake.lock().devices = vec![vec![1, 2, 3], vec![4; 300]];
+        fake
+    }
+
+    fn target() -> Fake {
+        Fake::new(RunState::Inmigrate)
+    }
+
+    fn new(run: RunState) -> Fake {
+        let layout = vec![(0, PAGES * PAGE_SIZE)];
+        let shape = Shape {
+            arch: "test".into(),
+            ram: layout.clone(),
+            vcpus: 1,
+            devices: DEVICES.map(|name| (name.to_owned(), 1)).into(),
+        };
+        let devices = vec![Vec::new(); DEVICES.len()];
+        let state = State {
+            run,
+            devices,
+            dirty_log: false,
+            reads: 0,
+        };
+        Fake {
+            ram: GuestRam::new(&layout).unwrap(),
+            shape,
+            state: Arc::new(Mutex::new(state)),
+            faults: Faults::default(),
+        }
+    }
+
+    fn with(mut self, change: impl FnOnce(&mut Faults)) -> Fake {
+        change(&mut self.faults);
+        self
+    }
+
+    fn lock(&self) -> MutexGuard<'_, State> {
+        self.state.lock().unwrap()
+    }
+
+    fn run_state(&self) -> RunState {
+        self.lock().run
+    }
+
+    fn set_state(&self, state: RunState) -> Result<(), control::Error> {
+        let mut guard = self.lock();
+        guard.run = guard.run.change(state)?;
+        Ok(())
+    }
+
+    fn continue_in(&self, state: RunState) -> Result<(), control::Error> {
+        if self.faults.start {
+            return Err(control::Error::Drain(errno(libc::ENODEV)));
+        }
+        self.set_state(state)
+    }
+}
+
+fn errno(errno: i32) -> io::Error {
+    io::Error::from_raw_os_error(errno)
+}
+
+impl MigrationVm for Fake {
+    fn shape(&self) -> Shape {
+        self.shape.clone()
+    }
+
+    fn ram(&self) -> GuestRam {
+        self.ram.clone()
+    }
+}
+
+impl SourceVm for Fake {
+    fn set_dirty_log(&self, on: bool) -> Result<(), memory::Error> {
+        self.lock().dirty_log = on;
+        Ok(())
+    }
+
+    fn take_dirty(&self) -> Result<Vec<PageRun>, memory::Error> {
+        let mut state = self.lock();
+        assert!(state.dirty_log, "the dirty log is off");
+        state.reads += 1;
+        if self.faults.lost_page {
+            self.ram.write(0, &state.reads.to_le_bytes())?;
+        }
+        let mut runs = Vec::new();
+        for page in 0..self.faults.busy.max(1) {
+            let gpa = (page + state.reads) % PAGES * PAGE_SIZE;
+            self.ram.write(gpa + 8, &state.reads.to_le_bytes())?;
+            runs.push(PageRun { gpa, pages: 1 });
+        }
+        Ok(runs)
+    }
+
+    fn migration_stop_vm(&self, stop: &mut Stop) -> Result<(), control::Error> {
+        stop.downtime_start_ns = Some(monotonic_ns());
+        stop.vm_old_state = Some(self.run_state());
+        self.set_state(RunState::FinishMigrate)?;
+        if let Some(on_stop) = &self.faults.on_stop {
+            on_stop(self);
+        }
+        let failed = control::Error::Drain(errno(libc::EFAULT));
+        if self.faults.stop {
+            Err(failed)
+        } else {
+            Ok(())
+        }
+    }
+
+    fn save_device(&self, index: usize) -> Result<SavedDevice, StateError> {
+        if self.faults.save {
+            return Err(StateError::Invalid("the device is on fire".into()));
+        }
+        let name = CString::new(DEVICES[index]).unwrap();
+        Ok(SavedDevice {
+            name,
+            version: 1,
+            state: self.lock().devices[index].clone(),
+        })
+    }
+
+    fn commit(&self, send: &mut dyn FnMut()) -> Result<(), RunState> {
+        match self.run_state() {
+            RunState::FinishMigrate => {
+                send();
+                Ok(())
+            }
+            other => Err(other),
+        }
+    }
+
+    fn resume(&self, old: RunState) -> Result<(), control::Error> {
+        if self.run_state() == RunState::FinishMigrate {
+            self.continue_in(old)
+        } else {
+            Ok(())
+        }
+    }
+
+    fn postmigrate(&self) {
+        self.set_state(RunState::Postmigrate).unwrap();
+    }
+}
+
+impl TargetVm for Fake {
+    fn load_device(&self, index: usize, version: u32, state: &[u8]) -> Result<(), StateError> {
+        if self.faults.load {
+            return Err(StateError::Version {
+                found: version,
+                expected: 9,
+            });
+        }
+        self.lock().devices[index] = state.to_vec();
+        Ok(())
+    }
+
+    fn go_on(&self, old: RunState) -> Result<Option<u64>, control::Error> {
+        self.continue_in(old)?;
+        Ok(old.is_running().then(monotonic_ns))
+    }
+
+    fn spoil(&self) {
+        self.set_state(RunState::InternalError).unwrap();
+    }
+}
+
+/// Both sides of one migration, and what `query-migrate` says on each.
+struct Outcome {
+    source: QueryMigrate,
+    target: QueryMigrate,
+}
+
+/// A place for the sockets, and the boards of both sides.
+struct Bench {
+    folder: TempDir,
+    source: Arc<Board>,
+    target: Arc<Board>,
+}
+
+impl Bench {
+    fn new() -> Bench {
+        let board = || Arc::new(Board::new(EventSender::new(|_| {})));
+        Bench {
+            folder: tempfile::tempdir().unwrap(),
+            source: board(),
+            target: board(),
+        }
+    }
+
+    fn uri(&self, name: &str) -> Uri {
+        Uri::Unix(self.folder.path().join(name))
+    }
+
+    /// Migrates from one to the other over the connection that `through` makes of the
+    /// destination's address.
+    fn migrate(
+        &self,
+        source: &Fake,
+        target: &Fake,
+        parameters: Parameters,
+        through: impl FnOnce(Uri) -> Uri,
+    ) -> Outcome {
+        let there = self.uri("there");
+        assert!(
+            self.target
+                .begin(Side::Destination, there.to_string(), None)
+        );
+        let listener = Listener::bind(&there).unwrap();
+        let (vm, board, text) = (target.clone(), Arc::clone(&self.target), there.to_string());
+        let thread = thread::spawn(move || incoming::run(&vm, listener, &text, &board));
+
+        let uri = through(there);
+        let total = source.ram.size();
+        assert!(
+            self.source
+                .begin(Side::Source, uri.to_string(), Some(total))
+        );
+        outgoing::run(source, &uri, &parameters, &self.source);
+        thread.join().unwrap();
+        Outcome {
+            source: self.source.query(),
+            target: self.target.query(),
+        }
+    }
+}
+
+/// Migrates with nothing in the way.
+fn migrate(source: &Fake, target: &Fake) -> Outcome {
+    Bench::new().migrate(source, target, Parameters::default(), |uri| uri)
+}
+
+/// What must hold whatever happened: the commit rule, seen from outside.
+fn check(source: &Fake, target: &Fake, outcome: &Outcome) {
+    let (here, there) = (source.run_state(), target.run_state());
+    let what = format!(
+        "{here:?} {:?} {:?}, {there:?} {:?} {:?}",
+        outcome.source.status,
+        outcome.source.error_desc,
+        outcome.target.status,
+        outcome.target.error_desc
+    );
+    assert!(!(here.is_running() && there.is_running()), "{what}");
+    assert!(!source.lock().dirty_log, "{what}");
+    assert!(
+        outcome.source.blackout.is_some() && outcome.target.blackout.is_some(),
+        "{what}"
+    );
+    match outcome.source.status {
+        Some(MigrationStatus::Completed) => {
+            assert_eq!(
+                (here, there),
+                (RunState::Postmigrate, RunState::Running),
+                "{what}"
+            );
+            assert_eq!(source.lock().devices, target.lock().devices);
+            assert_eq!(
+                source.ram.checksum().unwrap(),
+                target.ram.checksum().unwrap()
+            );
+        }
+        Some(MigrationStatus::Failed | MigrationStatus::Cancelled) => {
+            assert_eq!(here, RunState::Running, "{what}");
+            assert!(!there.is_running(), "{what}");
+        }
+        Some(MigrationStatus::Unknown) => assert_eq!(here, RunState::Postmigrate, "{what}"),
+        _ => panic!("not over: {what}"),
+    }
+}
+
+fn spans(outcome: &QueryMigrate, side: Side) -> impl Iterator<Item = &Span> {
+    let spans = outcome.blackout.iter().flat_map(|blackout| &blackout.spans);
+    spans.filter(move |span| span.side == side)
+}

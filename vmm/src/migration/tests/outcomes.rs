@@ -1,0 +1,261 @@
+//! What a migration ends in when the connection holds.
+
+use super::*;
+
+#[test]
+fn a_guest_arrives_whole_and_both_sides_are_in_one_breakdown() {
+    let (source, target) = (Fake::source(), Fake::target());
+    let outcome = migrate(&source, &target);
+    check(&source, &target, &outcome);
+    assert_eq!(outcome.source.status, Some(MigrationStatus::Completed));
+    assert_eq!(outcome.target.status, Some(MigrationStatus::Completed));
+
+    let names = |side| {
+        spans(&outcome.source, side)
+            .map(|s| s.name.as_str())
+            .collect::<Vec<_>>()
+    };
+    assert_eq!(
+        names(Side::Source),
+        [
+            "migrate",
+            "migration_connect",
+            "migration_thread",
+            "ram_round",
+            "ram_round",
+            "ram_final",
+            "device_save",
+            "device_save",
+            "switchover"
+        ]
+    );
+    assert_eq!(
+        names(Side::Destination),
+        [
+            "migrate_incoming",
+            "ram_load",
+            "ram_load",
+            "ram_load",
+            "device_load",
+            "device_load",
+            "switchover"
+        ]
+    );
+    assert!(spans(&outcome.source, Side::Source).all(|span| span.rc == 0));
+    assert!(spans(&outcome.source, Side::Destination).all(|span| span.rc == 0));
+
+    let blackout = outcome.source.blackout.unwrap();
+    let there = outcome.target.blackout.unwrap();
+    assert_eq!(blackout.id, there.id);
+    assert_eq!(
+        blackout.downtime_start_ns.unwrap() + blackout.downtime_ns.unwrap() as i64,
+        blackout.first_run_ns.unwrap()
+    );
+    let clock = blackout.clock.unwrap();
+    assert_eq!(clock.samples, 8 + 2 + 1);
+    assert!(
+        clock.offset_ns.unsigned_abs() <= clock.error_ns,
+        "{clock:?}: it is one clock"
+    );
+
+    let ram = outcome.source.ram.unwrap();
+    assert_eq!((ram.total, ram.remaining), (PAGES * PAGE_SIZE, 0));
+    assert_eq!(ram.dirty_sync_count, 3);
+    assert_eq!(ram.duplicate + ram.normal, PAGES + 1 + 2);
+}
+
+#[test]
+fn a_guest_goes_on_as_it_was() {
+    let (mut source, target) = (Fake::source(), Fake::target());
+    source.lock().run = RunState::Paused;
+    let outcome = migrate(&source, &target);
+    assert_eq!(outcome.source.status, Some(MigrationStatus::Completed));
+    assert_eq!(
+        outcome.source.downtime, None,
+        "a guest that was paused has no downtime"
+    );
+    assert_eq!(target.run_state(), RunState::Paused);
+
+    source = Fake::source();
+    let target = Fake::target();
+    let bench = Bench::new();
+    bench.target.set_autostart(false);
+    bench.migrate(&source, &target, Parameters::default(), |uri| uri);
+    assert_eq!(target.run_state(), RunState::Paused);
+}
+
+#[test]
+fn a_failed_stop_lets_the_guest_run_on_and_names_the_cause() {
+    let source = Fake::source().with(|faults| faults.stop = true);
+    let target = Fake::target();
+    let outcome = migrate(&source, &target);
+    check(&source, &target, &outcome);
+    let error = outcome.source.error_desc.unwrap();
+    assert_eq!(
+        error,
+        "stopping the guest: drain: Bad address (os error 14)"
+    );
+    let there = outcome.target.error_desc.unwrap();
+    assert_eq!(there, format!("the other side gave up: {error}"));
+    assert_eq!(
+        target.run_state(),
+        RunState::Inmigrate,
+        "nothing was loaded but RAM"
+    );
+}
+
+#[test]
+fn a_device_that_cannot_be_saved_or_loaded_is_named_on_both_sides() {
+    let (source, target) = (Fake::source().with(|f| f.save = true), Fake::target());
+    let outcome = migrate(&source, &target);
+    check(&source, &target, &outcome);
+    let error = outcome.source.error_desc.unwrap();
+    assert_eq!(error, "saving the state of cpu/0: the device is on fire");
+
+    let (source, target) = (Fake::source(), Fake::target().with(|f| f.load = true));
+    let outcome = migrate(&source, &target);
+    check(&source, &target, &outcome);
+    let error = outcome.target.error_desc.unwrap();
+    assert_eq!(
+        error,
+        "loading the state of cpu/0: state version 1, this monitor reads 9"
+    );
+    let here = outcome.source.error_desc.as_deref().unwrap();
+    assert_eq!(here, format!("the other side gave up: {error}"));
+    assert_eq!(
+        target.run_state(),
+        RunState::InternalError,
+        "its devices are spoilt"
+    );
+    let failed = spans(&outcome.source, Side::Destination).find(|s| s.name == "device_load");
+    assert_eq!(
+        failed.unwrap().rc,
+        -i64::from(libc::ENOTSUP),
+        "the failed side's spans are kept"
+    );
+}
+
+#[test]
+fn a_destination_that_cannot_start_the_guest_gives_it_back() {
+    let (source, target) = (Fake::source(), Fake::target().with(|f| f.start = true));
+    let outcome = migrate(&source, &target);
+    check(&source, &target, &outcome);
+    assert_eq!(outcome.source.status, Some(MigrationStatus::Failed));
+    assert_eq!(target.run_state(), RunState::InternalError);
+    let error = outcome.source.error_desc.unwrap();
+    assert!(
+        error.contains("starting the guest: drain: No such device"),
+        "{error}"
+    );
+}
+
+#[test]
+fn another_machine_is_refused_before_anything_is_sent() {
+    let (source, mut target) = (Fake::source(), Fake::target());
+    target.shape.vcpus = 4;
+    let outcome = migrate(&source, &target);
+    check(&source, &target, &outcome);
+    let error = outcome.source.error_desc.unwrap();
+    assert!(
+        error.ends_with("its number of vCPUs is 4, the source's 1"),
+        "{error}"
+    );
+    assert_eq!(outcome.source.ram.unwrap().transferred, 0);
+}
+
+#[test]
+fn a_page_that_the_dirty_log_missed_is_found_by_the_checksum() {
+    let verify = Parameters {
+        verify_ram: true,
+        ..Parameters::default()
+    };
+    let (source, target) = (Fake::source(), Fake::target());
+    let outcome = Bench::new().migrate(&source, &target, verify, |uri| uri);
+    assert_eq!(outcome.source.status, Some(MigrationStatus::Completed));
+
+    let (source, target) = (Fake::source().with(|f| f.lost_page = true), Fake::target());
+    let outcome = Bench::new().migrate(&source, &target, verify, |uri| uri);
+    check(&source, &target, &outcome);
+    let error = outcome.source.error_desc.unwrap();
+    assert!(error.contains("guest RAM has checksum"), "{error}");
+}
+
+#[test]
+fn a_guest_that_does_not_converge_runs_on() {
+    let (source, target) = (Fake::source().with(|f| f.busy = PAGES), Fake::target());
+    let limit = Parameters {
+        downtime_limit_ns: 0,
+        ..Parameters::default()
+    };
+    let outcome = Bench::new().migrate(&source, &target, limit, |uri| uri);
+    check(&source, &target, &outcome);
+    let error = outcome.source.error_desc.unwrap();
+    let start = "the guest does not converge: after 30 rounds 32 KiB are dirty still";
+    assert!(error.starts_with(start), "{error}");
+}
+
+#[test]
+fn a_cancel_during_the_stop_brings_the_guest_back() {
+    let bench = Bench::new();
+    let board = Arc::clone(&bench.source);
+    let cancel = move |_: &Fake| board.cancel();
+    let source = Fake::source().with(|f| f.on_stop = Some(Arc::new(cancel)));
+    let target = Fake::target();
+    let outcome = bench.migrate(&source, &target, Parameters::default(), |uri| uri);
+    check(&source, &target, &outcome);
+    assert_eq!(outcome.source.status, Some(MigrationStatus::Cancelled));
+    assert_eq!(outcome.source.error_desc, None);
+    assert_eq!(outcome.target.status, Some(MigrationStatus::Failed));
+}
+
+#[test]
+fn a_guest_that_shuts_down_during_the_switchover_is_not_handed_over() {
+    let shutdown = |vm: &Fake| vm.set_state(RunState::Shutdown).unwrap();
+    let source = Fake::source().with(|f| f.on_stop = Some(Arc::new(shutdown)));
+    let target = Fake::target();
+    let outcome = migrate(&source, &target);
+    assert_eq!(source.run_state(), RunState::Shutdown);
+    assert!(!target.run_state().is_running());
+    let error = outcome.source.error_desc.unwrap();
+    assert_eq!(error, "the VM became shutdown during the switchover");
+}
+
+#[test]
+fn nobody_listens() {
+    let bench = Bench::new();
+    let source = Fake::source();
+    let uri = bench.uri("nobody");
+    bench.source.begin(Side::Source, uri.to_string(), None);
+    outgoing::run(&source, &uri, &Parameters::default(), &bench.source);
+    let answer = bench.source.query();
+    assert_eq!(answer.status, Some(MigrationStatus::Failed));
+    let error = format!("connecting to {uri}: No such file or directory (os error 2)");
+    assert_eq!(answer.error_desc, Some(error));
+    assert_eq!(source.run_state(), RunState::Running);
+}
+
+#[test]
+fn a_destination_that_waits_can_be_cancelled() {
+    for tcp in [true, false] {
+        let bench = Bench::new();
+        let unix = bench.uri("here");
+        let uri = if tcp {
+            Uri::Tcp {
+                host: String::new(),
+                port: 0,
+            }
+        } else {
+            unix
+        };
+        bench.target.begin(Side::Destination, uri.to_string(), None);
+        let listener = Listener::bind(&uri).unwrap();
+        let (vm, board) = (Fake::target(), Arc::clone(&bench.target));
+        let thread = thread::spawn(move || incoming::run(&vm, listener, "here", &board));
+        bench.target.cancel();
+        thread.join().unwrap();
+        assert_eq!(
+            bench.target.query().status,
+            Some(MigrationStatus::Cancelled)
+        );
+    }
+}
