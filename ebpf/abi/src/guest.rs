@@ -71,8 +71,10 @@ pub mod command {
     /// own LPI: `result` is the number that arrived right, `result2` the number that did not.
     pub const CHECK_EVENTS: u64 = 1;
     /// Mask interrupts and raise the event `argument` (device × events + event): it stays pending.
+    /// On x86-64, which has no ITS, vCPU 0 sends itself one of 64 interrupts.
     pub const RAISE_MASKED: u64 = 2;
-    /// Unmask interrupts and wait for the pending LPI: `result` is its INTID, 0 if none came.
+    /// Unmask interrupts and wait for the pending LPI: `result` is its INTID (x86-64: its vector), 0
+    /// if none came.
     pub const TAKE_PENDING: u64 = 3;
     /// Spoil the ITS so that its save fails, the way `argument` says: 1 shrinks GITS_BASER<0> (devices) below a
     /// mapped DeviceID (EINVAL), 2 points it where no RAM is (EFAULT).
@@ -83,6 +85,8 @@ pub mod command {
     pub const SHUTDOWN: u64 = 6;
     /// Ask the machine to reset.
     pub const RESET: u64 = 7;
+    /// Let a timer interrupt vCPU 0 `argument` times a second, and count that in `lpis`. x86-64.
+    pub const TIMER: u64 = 8;
 }
 
 /// The guest's side: its progress, and a mailbox for commands. A command is posted by writing
@@ -110,7 +114,7 @@ pub struct SharedPage {
     pub dirty_base: u64,
     /// Its size in bytes.
     pub dirty_size: u64,
-    /// LPIs taken since boot.
+    /// LPIs (x86-64: interrupts) taken since boot.
     pub lpis: u64,
     /// Events mapped in the ITS.
     pub events: u64,

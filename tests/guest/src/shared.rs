@@ -87,8 +87,7 @@ impl Shared {
         field!(self, done_seq).store(seq, Ordering::Release);
     }
 
-    /// Counts an LPI.
-    #[allow(dead_code, reason = "x86-64 has no LPIs")]
+    /// Counts an LPI, or whatever interrupt the architecture has instead.
     pub(crate) fn count_lpi(self) {
         field!(self, lpis).fetch_add(1, Ordering::Relaxed);
     }

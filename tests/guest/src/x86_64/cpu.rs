@@ -3,7 +3,6 @@
 use core::arch::asm;
 
 const MSR_APIC_BASE: u32 = 0x1b;
-const MSR_X2APIC_ICR: u32 = 0x830;
 /// `IA32_APIC_BASE`: the APIC is on, and its registers are MSRs.
 const APIC_ON: u64 = 1 << 11;
 const APIC_X2: u64 = 1 << 10;
@@ -30,9 +29,49 @@ pub(super) fn enable_x2apic() {
     write_msr(MSR_APIC_BASE, read_msr(MSR_APIC_BASE) | APIC_ON | APIC_X2);
 }
 
+/// Registers of the APIC in x2APIC mode, by their MSR.
+#[derive(Clone, Copy)]
+#[repr(u32)]
+pub(super) enum Apic {
+    EndOfInterrupt = 0x80b,
+    Spurious = 0x80f,
+    Command = 0x830,
+    Timer = 0x832,
+    TimerCount = 0x838,
+    TimerDivide = 0x83e,
+    SelfIpi = 0x83f,
+}
+
+/// Writes one of this vCPU's APIC registers.
+pub(super) fn write_apic(register: Apic, value: u64) {
+    write_msr(register as u32, value);
+}
+
 /// Sends `command`, the low half of the ICR, to the vCPU with the APIC id `target`.
 pub(super) fn send_ipi(target: u32, command: u32) {
-    write_msr(MSR_X2APIC_ICR, u64::from(target) << 32 | u64::from(command));
+    write_apic(Apic::Command, u64::from(target) << 32 | u64::from(command));
+}
+
+/// Loads the IDT register.
+pub(super) fn load_idt(base: u64, limit: u16) {
+    #[repr(C, packed)]
+    struct Pointer(u16, u64);
+    let pointer = Pointer(limit, base);
+    // SAFETY: the table at `base` is never freed, and its gates lead to code that returns with all
+    // registers as they were, or not at all.
+    unsafe { asm!("lidt [{}]", in(reg) &raw const pointer, options(nostack)) };
+}
+
+/// Lets interrupts in. They may use the stack below the red zone, which this target has not.
+pub(super) fn unmask_interrupts() {
+    // SAFETY: the IDT is loaded. A barrier for the compiler: handlers write to memory.
+    unsafe { asm!("sti", options(nostack)) };
+}
+
+/// Keeps interrupts out.
+pub(super) fn mask_interrupts() {
+    // SAFETY: nothing here waits for an interrupt with interrupts off.
+    unsafe { asm!("cli", options(nostack)) };
 }
 
 /// The address of the page tables in use.
@@ -40,6 +79,14 @@ pub(super) fn page_tables() -> u64 {
     let value: u64;
     // SAFETY: reading CR3 changes nothing.
     unsafe { asm!("mov {}, cr3", out(reg) value, options(nostack, nomem)) };
+    value
+}
+
+/// The address of the last page fault.
+pub(super) fn fault_address() -> u64 {
+    let value: u64;
+    // SAFETY: reading CR2 changes nothing.
+    unsafe { asm!("mov {}, cr2", out(reg) value, options(nostack, nomem)) };
     value
 }
 
