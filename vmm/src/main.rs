@@ -12,6 +12,8 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use anyhow::{Context, Result};
 use vmm::control::{vm_start, vm_stop};
 use vmm::machine::{Config, Machine, SharedMachine};
+use vmm::migration::uri::Incoming;
+use vmm::migration::{Migrations, Parameters};
 use vmm::qmp::{Hub, Monitor, Server};
 use vmm::runstate::{Event, Request, RunState};
 
@@ -52,8 +54,18 @@ fn run(args: Args) -> Result<()> {
         .context("the console")?;
 
     let machine = Arc::new(Mutex::new(machine));
+    let parameters = Parameters {
+        verify_ram: args.verify_ram,
+        ..Parameters::default()
+    };
+    let migrations = Migrations::new(Arc::clone(&machine), parameters, hub.events());
+    let migrations = Arc::new(migrations);
+    if let Some(Incoming::Listen(uri)) = &args.incoming {
+        migrations.incoming(&uri.to_string())?;
+    }
     let monitor = Monitor {
         machine: Arc::clone(&machine),
+        migrations: Arc::clone(&migrations),
         name: args.name,
         requests: sender,
     };

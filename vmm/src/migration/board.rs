@@ -5,7 +5,6 @@
 //! machine is stopped and its lock taken.
 
 use std::ffi::CStr;
-use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use socket2::Socket;
@@ -23,8 +22,6 @@ pub(super) const MODE: &CStr = c"normal";
 /// The last migration, under way or over, and the handle on it.
 #[derive(Debug)]
 pub(super) struct Board {
-    /// Whether a guest that ran at the source runs on here.
-    autostart: AtomicBool,
     state: Mutex<State>,
     events: EventSender,
 }
@@ -75,26 +72,15 @@ pub(super) struct Report {
 /// A person gave the migration up.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
 #[error("cancelled")]
-pub(crate) struct Cancelled;
+pub struct Cancelled;
 
 impl Board {
     /// An empty one; `events` hears of every change of status.
     pub(super) fn new(events: EventSender) -> Self {
         Board {
-            autostart: AtomicBool::new(true),
             state: Mutex::default(),
             events,
         }
-    }
-
-    /// Says whether a guest that ran at the source is to run on here; it is, unless told otherwise.
-    pub(super) fn set_autostart(&self, autostart: bool) {
-        self.autostart.store(autostart, Ordering::Relaxed);
-    }
-
-    /// What [`Board::set_autostart`] said last.
-    pub(super) fn autostart(&self) -> bool {
-        self.autostart.load(Ordering::Relaxed)
     }
 
     /// Writes down a new migration in place of the last one. `false` when that is not over yet.

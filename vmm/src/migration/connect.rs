@@ -20,7 +20,7 @@ const PEER_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// There is no connection.
 #[derive(Debug, thiserror::Error)]
-pub(crate) enum Error {
+pub enum Error {
     /// The host's name has no address.
     #[error("looking up the host of {uri}")]
     Resolve {

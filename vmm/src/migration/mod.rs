@@ -60,9 +60,9 @@ pub enum Error {
     /// The machine has a guest, or part of one that never arrived.
     #[error("a VM that is {} can't take in a migration: start one with '--incoming'", .0.name())]
     NotIncoming(RunState),
-    /// The address can't be listened on: the whole chain of causes.
-    #[error("{0}")]
-    Listen(String, i32),
+    /// The address can't be listened on.
+    #[error(transparent)]
+    Listen(#[from] connect::Error),
     /// The thread could not be started.
     #[error("the migration's thread")]
     Thread(#[source] io::Error),
@@ -74,7 +74,7 @@ impl Errno for Error {
             Error::Uri(source) => source.errno(),
             Error::Busy => libc::EBUSY,
             Error::Inmigrate | Error::Postmigrate | Error::NotIncoming(_) => libc::EINVAL,
-            Error::Listen(_, errno) => *errno,
+            Error::Listen(source) => source.errno(),
             Error::Thread(source) => source.errno(),
         }
     }
@@ -139,11 +139,8 @@ impl Migrations {
         if !self.board.begin(Side::Destination, uri.to_string(), None) {
             return Err(Error::Busy);
         }
-        let listener = Listener::bind(&uri).map_err(|error| {
-            let (text, errno) = (status::describe(&error), error.errno());
-            self.board.fail(text.clone());
-            Error::Listen(text, errno)
-        })?;
+        let listener =
+            Listener::bind(&uri).inspect_err(|error| self.board.fail(status::describe(error)))?;
         self.board.set_address(listener.address());
         let (machine, board) = (Arc::clone(&self.machine), Arc::clone(&self.board));
         self.spawn(move || incoming::run(&machine, listener, &uri.to_string(), &board))
@@ -153,12 +150,6 @@ impl Migrations {
     /// at once; the status becomes `cancelled` when everything is as it was before.
     pub fn cancel(&self) {
         self.board.cancel();
-    }
-
-    /// Says whether a guest that ran at the source runs on here when its migration is complete; it
-    /// does, unless told otherwise. One that was paused stays paused either way.
-    pub fn set_autostart(&self, autostart: bool) {
-        self.board.set_autostart(autostart);
     }
 
     /// The migration that is under way, or the last one. Answers also while the machine is stopped.
@@ -172,11 +163,8 @@ impl Migrations {
         let spawned = thread::Builder::new()
             .name("migration".to_owned())
             .spawn(run);
-        *thread = Some(spawned.map_err(|source| {
-            let error = Error::Thread(source);
-            self.board.fail(status::describe(&error));
-            error
-        })?);
+        let spawned = spawned.map_err(Error::Thread);
+        *thread = Some(spawned.inspect_err(|error| self.board.fail(status::describe(error)))?);
         Ok(())
     }
 }

@@ -99,7 +99,7 @@ impl<'a, V: TargetVm> Receiver<'a, V> {
             token: self.their_token,
         })?;
         let received_ns = self.wait_commit()?;
-        self.go_on(state, board)?;
+        self.first_run_ns = self.vm.go_on(state)?;
         self.commit = self.commit.on(DestinationEvent::Commit);
 
         let first_run_ns = self.first_run_ns;
@@ -288,13 +288,5 @@ impl<'a, V: TargetVm> Receiver<'a, V> {
                 Ok::<_, stream::Error>(received_ns)
             })
             .map_err(Error::from)
-    }
-
-    /// Lets the guest go on as it was at the source.
-    fn go_on(&mut self, state: RunState, board: &Board) -> Result<(), Error> {
-        let wanted = state.is_running() && !board.autostart();
-        let state = if wanted { RunState::Paused } else { state };
-        self.first_run_ns = self.vm.go_on(state)?;
-        Ok(())
     }
 }

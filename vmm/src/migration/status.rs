@@ -287,17 +287,10 @@ impl Span {
 /// replaced, and it is cut at a sane length.
 pub(super) fn describe(error: &dyn StdError) -> String {
     let chain = std::iter::successors(Some(error), |&e| e.source());
-    let mut text = String::new();
-    for cause in chain.map(ToString::to_string) {
-        // A transparent error says what its source says.
-        if text.ends_with(&cause) {
-            continue;
-        }
-        if !text.is_empty() {
-            text.push_str(": ");
-        }
-        text.push_str(&cause);
-    }
+    let text = chain
+        .map(ToString::to_string)
+        .collect::<Vec<_>>()
+        .join(": ");
     let clean = text.chars().map(|c| if c.is_control() { ' ' } else { c });
     clean.take(ERROR_MAX).collect()
 }

@@ -68,8 +68,8 @@ pub(super) trait SourceVm: MigrationVm {
 pub(super) trait TargetVm: MigrationVm {
     /// Loads a state into the device with this place.
     fn load_device(&self, index: usize, version: u32, state: &[u8]) -> Result<(), StateError>;
-    /// Lets the guest go on in the state `old`, and returns when its first vCPU entered the guest,
-    /// ns of `CLOCK_MONOTONIC`, if `old` is running.
+    /// Lets the guest go on in the state `old`, its state at the source, unless a person wants it
+    /// paused. Returns when its first vCPU entered the guest, ns of `CLOCK_MONOTONIC`, if it runs.
     fn go_on(&self, old: RunState) -> Result<Option<u64>, control::Error>;
     /// Devices hold part of a state: this machine can't be used any more.
     fn spoil(&self);
@@ -160,9 +160,11 @@ impl TargetVm for SharedMachine {
 
     fn go_on(&self, old: RunState) -> Result<Option<u64>, control::Error> {
         let mut machine = lock(self);
-        continue_in(&mut machine, old)?;
+        let held = old.is_running() && !machine.autostart();
+        let state = if held { RunState::Paused } else { old };
+        continue_in(&mut machine, state)?;
         let first_run = || machine.vcpus().wait_first_run(FIRST_RUN_TIMEOUT);
-        Ok(old.is_running().then(first_run).flatten())
+        Ok(state.is_running().then(first_run).flatten())
     }
 
     fn spoil(&self) {

@@ -1,7 +1,7 @@
 //! The verbs' real backend: the machine and its main loop.
 
 use std::sync::mpsc::Sender;
-use std::sync::{MutexGuard, PoisonError};
+use std::sync::{Arc, MutexGuard, PoisonError};
 
 use serde_json::{Value, json};
 
@@ -9,12 +9,15 @@ use super::commands::{Backend, Change};
 use super::wire::Error;
 use crate::control::{vm_start, vm_stop};
 use crate::machine::{Machine, SharedMachine};
+use crate::migration::Migrations;
 use crate::runstate::{Request, RunState};
 
 /// A machine under control.
 pub struct Monitor {
     /// The machine.
     pub machine: SharedMachine,
+    /// Its migrations.
+    pub migrations: Arc<Migrations>,
     /// The VM's name.
     pub name: Option<String>,
     /// To the main loop.
@@ -47,18 +50,20 @@ impl Backend for Monitor {
         Ok(())
     }
 
-    fn migrate(&self, _uri: &str) -> Result<(), Error> {
-        Err(Error::State("migration is not available"))
+    fn migrate(&self, uri: &str) -> Result<(), Error> {
+        Ok(self.migrations.start(uri)?)
     }
 
-    fn migrate_incoming(&self, _uri: &str) -> Result<(), Error> {
-        Err(Error::State("migration is not available"))
+    fn migrate_incoming(&self, uri: &str) -> Result<(), Error> {
+        Ok(self.migrations.incoming(uri)?)
     }
 
-    fn migrate_cancel(&self) {}
+    fn migrate_cancel(&self) {
+        self.migrations.cancel();
+    }
 
     fn query_migrate(&self) -> Value {
-        json!({})
+        json!(self.migrations.query())
     }
 
     fn quit(&self) {

@@ -7,9 +7,9 @@ use serde::Serialize;
 use serde_json::{Map, Serializer, Value, json};
 
 use super::json;
-use crate::control;
 use crate::probes::Errno;
 use crate::runstate::Event;
+use crate::{control, migration};
 
 /// The QEMU release whose QMP this is: clients decide by it which shapes to expect.
 const QEMU: [u32; 3] = [10, 0, 0];
@@ -59,6 +59,9 @@ pub enum Error {
     /// The VM could not be stopped or started.
     #[error(transparent)]
     Control(#[from] control::Error),
+    /// The migration could not be begun.
+    #[error(transparent)]
+    Migration(#[from] migration::Error),
 }
 
 impl Error {
@@ -90,6 +93,7 @@ impl Errno for Error {
             Error::NoCapability(_) => libc::ENOTSUP,
             Error::Negotiate | Error::Negotiated | Error::State(_) => libc::EBUSY,
             Error::Control(error) => error.errno(),
+            Error::Migration(error) => error.errno(),
             _ => libc::EINVAL,
         }
     }
