@@ -314,26 +314,29 @@ fn within(
     destination: Option<&Party<'_>>,
     (start_ns, end_ns): (i64, i64),
 ) -> Option<String> {
+    // What is open for half of it is open in its middle.
+    let half_ns = length(start_ns, end_ns).div_ceil(2);
+    let middle_ns = start_ns.midpoint(end_ns);
     let around = |party: &Party<'_>| {
-        let side = party.side;
-        let spans = party.spans.iter().filter(|span| {
-            let works = !span.what.meaning.wait && !WHOLES.contains(&span.what.name());
-            let inside = length(span.start_ns.max(start_ns), span.end_ns.min(end_ns));
-            works && inside >= length(start_ns, end_ns).div_ceil(2)
-        });
-        let innermost = spans.min_by_key(|span| span.duration_ns())?;
+        let (side, place) = (party.side, party.place);
+        let fits = |span: &&Span| {
+            let (start, end) = (place.at(span.start_ns), place.at(span.end_ns));
+            let works = !span.meaning.wait && !WHOLES.contains(&span.name());
+            works && length(start.max(start_ns), end.min(end_ns)) >= half_ns
+        };
+        let at = place.back(middle_ns);
+        let threads = party.process.threads.values();
+        let innermost = threads.filter_map(|thread| thread.spans_at(at).find(fits));
+        let innermost = innermost.min_by_key(|span| span.end_ns.saturating_sub(span.start_ns))?;
+        let duration_ns = innermost.end_ns.saturating_sub(innermost.start_ns);
         Some((
-            innermost.duration_ns(),
-            format!("{} ({side})", describe::span(innermost.what)),
+            duration_ns,
+            format!("{} ({side})", describe::span(innermost)),
         ))
     };
     let sides = [Some(source), destination];
-    sides
-        .into_iter()
-        .flatten()
-        .filter_map(around)
-        .min()
-        .map(|(_, name)| name)
+    let named = sides.into_iter().flatten().filter_map(around).min();
+    named.map(|(_, name)| name)
 }
 
 fn span_cover(side: Side, span: &Placed<'_, Span>) -> Cover {

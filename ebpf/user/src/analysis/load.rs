@@ -2,6 +2,7 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::io::Read;
+use std::iter::successors;
 use std::sync::Arc;
 
 use super::spans::{self, Event, Meaning, Point, Problem, Span};
@@ -58,6 +59,25 @@ pub struct Thread {
     pub edges: Option<VcpuEdges>,
     /// Where it stayed out of KVM_RUN.
     pub gaps: Vec<VcpuGap>,
+}
+
+impl Thread {
+    /// The spans that are open at `ts_ns`, the innermost first.
+    pub fn spans_at(&self, ts_ns: u64) -> impl Iterator<Item = &Span> {
+        self.spans_before(ts_ns)
+            .filter(move |span| ts_ns < span.end_ns)
+    }
+
+    /// The last span that began by `ts_ns`, and those around it, the innermost first. All that are
+    /// open at `ts_ns` are among them, since spans nest.
+    pub fn spans_before(&self, ts_ns: u64) -> impl Iterator<Item = &Span> {
+        let spans = &self.spans;
+        let last = spans
+            .partition_point(|span| span.start_ns <= ts_ns)
+            .checked_sub(1);
+        let around = move |span: &&'_ Span| spans.get(span.parent?);
+        successors(last.and_then(|index| spans.get(index)), around)
+    }
 }
 
 impl Loaded {

@@ -18,6 +18,10 @@ use super::spans::{Point, Problem, Span};
 use super::wire::{self, Segment};
 use crate::recording::Ending;
 
+/// How long after the answer to the QMP command a migration may begin and still be the one that
+/// was asked for. 1 s, in ns.
+const ASKED_NS: u64 = 1_000_000_000;
+
 /// One migration, seen from one side or both. Times are ns since its start on the source's clock;
 /// with only the destination recorded, since the connection was accepted there.
 #[derive(Debug)]
@@ -268,22 +272,18 @@ fn join<'a>(source: Option<End<'a>>, destination: Option<End<'a>>, next_ns: u64)
 }
 
 /// When the source began: with the QMP command that asked for the migration, where it was seen.
+/// The migration has a thread of its own, which may begin after the command was answered.
 fn start_of(source: &End<'_>) -> i64 {
-    let asked = source
-        .process
-        .threads
-        .values()
-        .flat_map(|thread| &thread.spans)
+    let begun_ns = source.span.start_ns;
+    let threads = source.process.threads.values();
+    let mut asked = threads
+        .flat_map(|thread| thread.spans_before(begun_ns))
         .filter(|span| {
             span.name() == "qmp_command"
                 && span.begin.str("name") == Some("migrate")
-                && span.start_ns <= source.span.start_ns
-                && source.span.start_ns <= span.end_ns
+                && begun_ns.saturating_sub(span.end_ns) < ASKED_NS
         });
-    let start_ns = asked
-        .map(|span| span.start_ns)
-        .min()
-        .unwrap_or(source.span.start_ns);
+    let start_ns = asked.next().map_or(begun_ns, |span| span.start_ns);
     i64::try_from(start_ns).unwrap_or(i64::MAX)
 }
 

@@ -46,6 +46,14 @@ impl Place {
             .saturating_sub(self.offset_ns)
             .saturating_sub(self.origin_ns)
     }
+
+    /// The host's own time of `ns`, ns.
+    pub fn back(self, ns: i64) -> u64 {
+        let local = ns
+            .saturating_add(self.origin_ns)
+            .saturating_add(self.offset_ns);
+        u64::try_from(local).unwrap_or(0)
+    }
 }
 
 /// Something that took time on a thread, placed on the axis.
@@ -69,7 +77,17 @@ impl<T> Clone for Placed<'_, T> {
 
 impl<T> Copy for Placed<'_, T> {}
 
-impl<T> Placed<'_, T> {
+impl<'a, T> Placed<'a, T> {
+    /// `what`, on the thread `tid` in the range from start to end.
+    pub fn new(tid: u32, (start_ns, end_ns): (i64, i64), what: &'a T) -> Self {
+        Self {
+            tid,
+            start_ns,
+            end_ns,
+            what,
+        }
+    }
+
     /// How long it took, ns.
     pub fn duration_ns(&self) -> u64 {
         u64::try_from(self.end_ns.saturating_sub(self.start_ns)).unwrap_or(0)
@@ -215,42 +233,33 @@ impl<'a> Party<'a> {
         before
     }
 
-    fn take(&mut self, tid: u32, thread: &'a Thread, window: (i64, i64)) {
+    fn take(&mut self, tid: u32, thread: &'a Thread, (from, to): (i64, i64)) {
         let place = self.place;
-        let within = |start: i64, end: i64| end >= window.0 && start <= window.1;
-        let points = thread.points.iter().map(|point| {
-            let at = place.at(point.ts_ns);
-            Placed {
-                tid,
-                start_ns: at,
-                end_ns: at,
-                what: point,
-            }
-        });
-        self.points
-            .extend(points.filter(|point| within(point.start_ns, point.end_ns)));
-        let ioctls = thread.ioctls.iter().map(|ioctl| Placed {
-            tid,
-            start_ns: place.at(ioctl.enter_ns),
-            end_ns: place.at(ioctl.exit_ns),
-            what: ioctl,
-        });
-        self.ioctls
-            .extend(ioctls.filter(|ioctl| within(ioctl.start_ns, ioctl.end_ns)));
-        let functions = thread.functions.iter().map(|function| Placed {
-            tid,
-            start_ns: place.at(function.enter_ns),
-            end_ns: place.at(function.exit_ns),
-            what: function,
-        });
-        self.functions
-            .extend(functions.filter(|function| within(function.start_ns, function.end_ns)));
+        let range = |start: u64, end: u64| (place.at(start), place.at(end));
+        let (points, ioctls, functions) = (&thread.points, &thread.ioctls, &thread.functions);
+        let placed = |point: &'a Point| Placed::new(tid, range(point.ts_ns, point.ts_ns), point);
+        self.points.extend(
+            since(points, from, |point| place.at(point.ts_ns))
+                .map(placed)
+                .take_while(|point| point.start_ns <= to),
+        );
+        let placed =
+            |ioctl: &'a Ioctl| Placed::new(tid, range(ioctl.enter_ns, ioctl.exit_ns), ioctl);
+        self.ioctls.extend(
+            since(ioctls, from, |ioctl| place.at(ioctl.exit_ns))
+                .map(placed)
+                .take_while(|ioctl| ioctl.start_ns <= to),
+        );
+        let placed = |one: &'a KernelFn| Placed::new(tid, range(one.enter_ns, one.exit_ns), one);
+        self.functions.extend(
+            since(functions, from, |one| place.at(one.exit_ns))
+                .map(placed)
+                .take_while(|one| one.start_ns <= to),
+        );
+        let problems = since(&thread.problems, from, |problem| place.at(problem.ts_ns()));
         self.problems
-            .extend(thread.problems.iter().filter(|problem| {
-                let at = place.at(problem.ts_ns());
-                within(at, at)
-            }));
-        self.vcpus.extend(self.vcpu(tid, thread, window));
+            .extend(problems.take_while(|problem| place.at(problem.ts_ns()) <= to));
+        self.vcpus.extend(self.vcpu(tid, thread, (from, to)));
     }
 
     /// The thread's part as a vCPU; `None` if it is none.
@@ -259,17 +268,19 @@ impl<'a> Party<'a> {
             tid,
             ..Vcpu::default()
         };
-        for point in &thread.points {
+        let points = since(&thread.points, from, |point| self.place.at(point.ts_ns));
+        for point in points {
             let at = self.place.at(point.ts_ns);
+            if at > to.saturating_add(AFTERWARDS_NS) {
+                break;
+            }
             let list = match point.name() {
                 "vcpu_paused" => &mut vcpu.paused,
                 "vcpu_first_run" => &mut vcpu.first_runs,
                 _ => continue,
             };
-            if (from..=to.saturating_add(AFTERWARDS_NS)).contains(&at) {
-                list.push(at);
-                vcpu.index = vcpu.index.or(point.args.u64("i"));
-            }
+            list.push(at);
+            vcpu.index = vcpu.index.or(point.args.u64("i"));
         }
         let seen = !vcpu.paused.is_empty() || !vcpu.first_runs.is_empty();
         if !seen && thread.edges.is_none() && thread.gaps.is_empty() {
@@ -282,17 +293,20 @@ impl<'a> Party<'a> {
             vcpu.last_exit = stopped.then(|| self.place.at(edges.last_exit_ns));
         }
         let gap = |gap: &VcpuGap| (self.place.at(gap.exit_ns), self.place.at(gap.enter_ns));
-        vcpu.gaps = thread
-            .gaps
-            .iter()
-            .map(gap)
-            .filter(|gap| gap.1 >= from && gap.0 <= to)
-            .collect();
+        let gaps = since(&thread.gaps, from, |gap| self.place.at(gap.enter_ns));
+        vcpu.gaps = gaps.map(gap).take_while(|(exit, _)| *exit <= to).collect();
         vcpu.index = vcpu
             .index
             .or(thread.gaps.iter().find_map(|gap| gap.vcpu.map(u64::from)));
         Some(vcpu)
     }
+}
+
+/// What of `events` ends at or after `from`. Those of one thread follow each other, or are inside
+/// each other, so their ends are in order but for a few; a damaged recording shows too little.
+fn since<T>(events: &[T], from: i64, end: impl Fn(&T) -> i64) -> impl Iterator<Item = &T> {
+    let begin = events.partition_point(|event| end(event) < from);
+    events.get(begin..).unwrap_or_default().iter()
 }
 
 /// A QMP command that has nothing to do with the migration and did nothing that was seen, such as

@@ -159,7 +159,7 @@ fn kernel_row<W: Write>(
             (at(enter), at(exit)),
             args,
         ))?;
-        let caller = around(&thread.spans, enter);
+        let caller = thread.spans_at(enter).next();
         if let (Kernel::Ioctl(_), Some(_), true) = (what, caller, exit > enter) {
             events.arrow(
                 &name,
@@ -170,19 +170,6 @@ fn kernel_row<W: Write>(
         }
     }
     Ok(())
-}
-
-/// The innermost span that is open at `ts_ns`.
-fn around(spans: &[Span], ts_ns: u64) -> Option<&Span> {
-    let after = spans.partition_point(|span| span.start_ns <= ts_ns);
-    let mut next = after.checked_sub(1);
-    while let Some(span) = next.and_then(|index| spans.get(index)) {
-        if ts_ns < span.end_ns {
-            return Some(span);
-        }
-        next = span.parent;
-    }
-    None
 }
 
 /// A slice of a kernel row.
