@@ -288,7 +288,8 @@ impl<'a> Party<'a> {
         }
         if let Some(edges) = &thread.edges {
             vcpu.index = edges.vcpu.map(u64::from).or(vcpu.index);
-            vcpu.first_enter = Some(self.place.at(edges.first_enter_ns));
+            let first_ns = Some(edges.first_enter_ns).filter(|first| *first != 0);
+            vcpu.first_enter = first_ns.map(|first| self.place.at(first));
             let stopped = edges.last_exit_ns > edges.last_enter_ns;
             vcpu.last_exit = stopped.then(|| self.place.at(edges.last_exit_ns));
         }

@@ -247,11 +247,11 @@ pub struct VcpuEdges {
     pub tid: u32,
     /// The vCPU's index, where known.
     pub vcpu: Option<u32>,
-    /// Entry of the first KVM_RUN.
+    /// Entry of the first KVM_RUN; 0 if the vCPU had run before the recording began.
     pub first_enter_ns: u64,
-    /// Entry of the last.
+    /// Entry of the last; 0 if there was none since the recording began.
     pub last_enter_ns: u64,
-    /// Exit of the last; before `last_enter_ns` while the vCPU runs.
+    /// Exit of the last; 0 if there was none, and before `last_enter_ns` while the vCPU runs.
     pub last_exit_ns: u64,
     /// How many calls there were.
     pub runs: u64,

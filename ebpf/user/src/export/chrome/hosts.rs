@@ -5,6 +5,7 @@ use std::ptr;
 use super::event::Track;
 use crate::analysis::clock::{self, Clock};
 use crate::analysis::{Loaded, Migration, Party};
+use crate::recording::VcpuEdges;
 
 /// Added to the pids and tids of another host's processes when one of them is taken: above every
 /// pid that Linux gives, below the rows that the trace adds.
@@ -134,6 +135,15 @@ fn pid_bases(recordings: &[Loaded]) -> Vec<u64> {
     bases
 }
 
+/// Where the row of a vCPU's runs begins, ns. One that had run before the recording began is shown
+/// from that moment on.
+pub(super) fn runs_from(recording: &Loaded, edges: VcpuEdges) -> u64 {
+    match edges.first_enter_ns {
+        0 => recording.header.clock.monotonic_ns,
+        first => first,
+    }
+}
+
 /// When the recording's first event was, ns.
 fn first_ns(recording: &Loaded) -> Option<u64> {
     let threads = recording
@@ -147,7 +157,7 @@ fn first_ns(recording: &Loaded) -> Option<u64> {
                 thread.points.first().map(|point| point.ts_ns),
                 thread.ioctls.first().map(|ioctl| ioctl.enter_ns),
                 thread.functions.first().map(|function| function.enter_ns),
-                thread.edges.map(|edges| edges.first_enter_ns),
+                thread.edges.map(|edges| runs_from(recording, edges)),
                 thread.gaps.first().map(|gap| gap.exit_ns),
             ]
         })

@@ -6,7 +6,7 @@ use std::io::{self, Write};
 use serde_json::Value;
 
 use super::event::{Args, Event, Track};
-use super::hosts::Hosts;
+use super::hosts::{Hosts, runs_from};
 use super::{Events, GUEST_ROW, KERNEL_ROW};
 use crate::analysis::spans;
 use crate::analysis::{Loaded, Migration, Placed, Process, Span, Thread, describe, kvm};
@@ -101,7 +101,7 @@ fn threads<W: Write>(
             ))?;
         }
         kernel_row(events, thread, track, at)?;
-        guest_row(events, thread, guest(track), at)?;
+        guest_row(events, (recording, thread), guest(track), at)?;
     }
     Ok(())
 }
@@ -217,16 +217,16 @@ impl Kernel<'_> {
 /// A vCPU's stays in KVM_RUN: between the gaps, from its first entry to its last exit.
 fn guest_row<W: Write>(
     events: &mut Events<'_, W>,
-    thread: &Thread,
+    (recording, thread): (&Loaded, &Thread),
     track: Track,
     at: impl Fn(u64) -> i64,
 ) -> io::Result<()> {
     let Some(edges) = thread.edges else {
         return Ok(());
     };
+    let mut enter = runs_from(recording, edges);
     // A vCPU that still ran when the recording ended is shown up to its last known entry.
     let end = edges.last_exit_ns.max(edges.last_enter_ns);
-    let mut enter = edges.first_enter_ns;
     let gaps = thread.gaps.iter().map(|gap| (gap.exit_ns, gap.enter_ns));
     for (exit, next) in gaps.chain([(end, u64::MAX)]) {
         if exit > enter {
