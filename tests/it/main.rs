@@ -3,3 +3,4 @@
 
 mod latency;
 mod probes;
+mod qmp;

@@ -7,7 +7,7 @@ use std::str::FromStr;
 use blackout_abi::guest::{CMDLINE_MAX, MAX_VCPUS};
 use clap::Parser;
 use clap::error::ErrorKind;
-use vmm::migration::uri::Incoming;
+use vmm::migration::uri;
 use vmm::qmp::Address;
 
 /// A KVM virtual machine monitor whose live migration can be seen through
@@ -62,8 +62,8 @@ pub(crate) struct Args {
     pub(crate) paused: bool,
 
     /// Be a migration's destination: tcp:HOST:PORT, unix:PATH, or defer until `migrate-incoming`
-    #[arg(long, value_name = "URI", value_parser = Incoming::parse, help_heading = "Migration")]
-    pub(crate) incoming: Option<Incoming>,
+    #[arg(long, value_name = "URI", value_parser = incoming, help_heading = "Migration")]
+    pub(crate) incoming: Option<String>,
 
     /// Test mode: at the switchover, compare a checksum of all RAM on both sides
     #[arg(long, help_heading = "Migration")]
@@ -102,6 +102,10 @@ fn one_line(error: &clap::Error) -> String {
     let paragraph = text.split("\n\n").next().unwrap_or_default();
     let words: Vec<_> = paragraph.split_whitespace().collect();
     words.join(" ")
+}
+
+fn incoming(text: &str) -> Result<String, uri::Error> {
+    uri::Incoming::parse(text).map(|_| text.to_owned())
 }
 
 fn cmdline(text: &str) -> Result<String, String> {

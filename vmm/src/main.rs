@@ -12,7 +12,6 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use anyhow::{Context, Result};
 use vmm::control::{vm_start, vm_stop};
 use vmm::machine::{Config, Machine, SharedMachine};
-use vmm::migration::uri::Incoming;
 use vmm::migration::{Migrations, Parameters};
 use vmm::qmp::{Hub, Monitor, Server};
 use vmm::runstate::{Event, Request, RunState};
@@ -59,13 +58,13 @@ fn run(args: Args) -> Result<()> {
         ..Parameters::default()
     };
     let migrations = Migrations::new(Arc::clone(&machine), parameters, hub.events());
-    let migrations = Arc::new(migrations);
-    if let Some(Incoming::Listen(uri)) = &args.incoming {
-        migrations.incoming(&uri.to_string())?;
+    // Before QMP answers: whoever gets an answer may rely on this side's being ready.
+    if let Some(uri) = &args.incoming {
+        migrations.incoming(uri).context("--incoming")?;
     }
     let monitor = Monitor {
         machine: Arc::clone(&machine),
-        migrations: Arc::clone(&migrations),
+        migrations,
         name: args.name,
         requests: sender,
     };

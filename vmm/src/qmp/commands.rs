@@ -6,6 +6,7 @@ use serde_json::{Value, json};
 
 use super::arguments::Arguments;
 use super::wire::{self, Error};
+use crate::migration::status::QueryMigrate;
 use crate::runstate::RunState;
 
 /// What the verbs ask of the monitor behind them.
@@ -26,10 +27,10 @@ pub trait Backend: Send + Sync {
     /// `decide`'s, or why the VM can't be started or stopped.
     fn change(&self, decide: fn(RunState) -> Result<Change, Error>) -> Result<(), Error>;
 
-    /// Starts an outgoing migration to `uri`; returns once it is under way or could not be begun.
+    /// Starts an outgoing migration to `uri`, and returns at once.
     ///
     /// # Errors
-    /// Why it could not.
+    /// When it can't be begun.
     fn migrate(&self, uri: &str) -> Result<(), Error>;
 
     /// Listens on `uri` for an incoming migration.
@@ -41,8 +42,8 @@ pub trait Backend: Send + Sync {
     /// Gives up the outgoing migration that is under way, if there is one.
     fn migrate_cancel(&self);
 
-    /// The last migration as QEMU's `MigrationInfo`, with the breakdown of its downtime.
-    fn query_migrate(&self) -> Value;
+    /// The migration that is under way, or the last one.
+    fn query_migrate(&self) -> QueryMigrate;
 
     /// Ends the process, soon.
     fn quit(&self);
@@ -230,5 +231,5 @@ fn migrate_cancel(context: &mut Context<'_>, arguments: Arguments) -> Answer {
 
 fn query_migrate(context: &mut Context<'_>, arguments: Arguments) -> Answer {
     arguments.finish()?;
-    Ok(context.backend.query_migrate())
+    Ok(json!(context.backend.query_migrate()))
 }

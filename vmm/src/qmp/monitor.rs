@@ -1,15 +1,14 @@
 //! The verbs' real backend: the machine and its main loop.
 
 use std::sync::mpsc::Sender;
-use std::sync::{Arc, MutexGuard, PoisonError};
-
-use serde_json::{Value, json};
+use std::sync::{MutexGuard, PoisonError};
 
 use super::commands::{Backend, Change};
 use super::wire::Error;
 use crate::control::{vm_start, vm_stop};
 use crate::machine::{Machine, SharedMachine};
 use crate::migration::Migrations;
+use crate::migration::status::QueryMigrate;
 use crate::runstate::{Request, RunState};
 
 /// A machine under control.
@@ -17,7 +16,7 @@ pub struct Monitor {
     /// The machine.
     pub machine: SharedMachine,
     /// Its migrations.
-    pub migrations: Arc<Migrations>,
+    pub migrations: Migrations,
     /// The VM's name.
     pub name: Option<String>,
     /// To the main loop.
@@ -62,8 +61,8 @@ impl Backend for Monitor {
         self.migrations.cancel();
     }
 
-    fn query_migrate(&self) -> Value {
-        json!(self.migrations.query())
+    fn query_migrate(&self) -> QueryMigrate {
+        self.migrations.query()
     }
 
     fn quit(&self) {
