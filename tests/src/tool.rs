@@ -94,7 +94,7 @@ fn collect(mut stderr: impl BufRead, ready: &mpsc::Sender<()>) -> String {
         let start = all.len();
         match stderr.read_line(&mut all) {
             Ok(0) | Err(_) => return all,
-            Ok(_) if all[start..].starts_with("recording ") => {
+            Ok(_) if all[start..].starts_with("blackout: recording ") => {
                 // Nobody waits any more when the attach took too long.
                 let _ = ready.send(());
                 let _ = stderr.read_to_string(&mut all);
