@@ -135,7 +135,7 @@ fn install(needs: &[Box<dyn Need>], verbose: bool) -> Result<()> {
             packages.push(package);
         }
     }
-    packages.retain(|package| !debian::is_installed(package));
+    packages.retain(|package| debian::installed_version(package).is_none());
     if !packages.is_empty() {
         if command::find("apt-get").is_none() || !debian::is_root() {
             bail!(

@@ -40,11 +40,15 @@ pub(crate) fn is_root() -> bool {
     command::probe(Command::new("id").arg("-u")).is_some_and(|id| id.trim() == "0")
 }
 
-/// Whether dpkg knows `package` as installed on this machine.
-pub(crate) fn is_installed(package: &str) -> bool {
-    let query = ["--show", "--showformat=${db:Status-Status}", package];
-    command::probe(Command::new("dpkg-query").args(query))
-        .is_some_and(|status| status == "installed")
+/// The version of `package` on this machine, if it is installed.
+pub(crate) fn installed_version(package: &str) -> Option<String> {
+    let query = [
+        "--show",
+        "--showformat=${db:Status-Status} ${Version}",
+        package,
+    ];
+    let text = command::probe(Command::new("dpkg-query").args(query))?;
+    text.strip_prefix("installed ").map(str::to_owned)
 }
 
 /// Debian's arm64 packages, through an apt directory in the cache.
@@ -93,7 +97,8 @@ impl Archive {
         Ok(first.to_owned())
     }
 
-    /// Fetches and verifies the newest `package` and unpacks it into `target`.
+    /// Fetches and verifies `package`, the newest or with a version as `name=version`, and unpacks
+    /// it into `target`.
     pub(crate) fn unpack(&self, package: &str, target: &Path) -> Result<()> {
         let downloads = self.folder.join("downloads");
         let _ = fs::remove_dir_all(&downloads);
@@ -115,13 +120,13 @@ impl Archive {
 
     fn apt(&self, program: &str) -> Command {
         let mut apt = Command::new(program);
-        apt.env("APT_CONFIG", self.folder.join("apt.conf"));
+        apt.arg("-c").arg(self.folder.join("apt.conf"));
         apt
     }
 
     fn configuration(&self) -> String {
         let folder = self.folder.display();
-        // The machine's apt.conf.d stays in force: it may name a proxy.
+        // The machine's apt.conf.d stays in force, since it may name a proxy, but for its hooks.
         format!(
             "Dir::State \"{folder}\";\n\
              Dir::State::lists \"{folder}/lists\";\n\
@@ -133,6 +138,7 @@ impl Archive {
              APT::Architecture \"arm64\";\n\
              APT::Architectures {{ \"arm64\"; }};\n\
              APT::Sandbox::User \"\";\n\
+             #clear APT::Update::Post-Invoke;\n\
              Acquire::Languages \"none\";\n\
              Acquire::IndexTargets::deb::DEP-11::DefaultEnabled \"false\";\n"
         )

@@ -6,7 +6,8 @@ use std::process::Command;
 
 use anyhow::{Context, Result, bail};
 
-use super::{Need, debian::Archive};
+use super::Need;
+use super::debian::{self, Archive};
 use crate::toolchain::{self, BPF_LINKER, Choice, LLVM, TESTBED_TARGET};
 use crate::{command, toolchain::Toolchain};
 
@@ -85,7 +86,9 @@ impl Need for TestbedCompiler {
             let root = toolchain::debian_root()?;
             fs::create_dir_all(&root)
                 .with_context(|| format!("cannot create {}", root.display()))?;
-            Archive::open()?.unpack("libstd-rust-web-dev", &root)?;
+            // A library is of use to the very compiler that built it; rebuilds add a suffix.
+            let version = debian::installed_version("rustc-web").unwrap_or_default();
+            Archive::open()?.unpack(&format!("libstd-rust-web-dev={version}*"), &root)?;
         }
         verify(Choice::for_testbed(), "the testbed's programs")
     }
