@@ -1,6 +1,8 @@
 //! Integration tests: real monitors, real guests, the real tool. `cargo xtask test` runs them on
 //! this machine and, cross-built, in the arm64 testbed.
 
+mod interrupts;
 mod latency;
 mod probes;
 mod qmp;
+mod state;

@@ -64,6 +64,11 @@ impl GuestView {
         self.load(offset_of!(SharedPage, devices))
     }
 
+    /// Interrupts that the guest has taken: LPIs, or what its architecture has instead.
+    pub fn interrupts(&self) -> u64 {
+        self.load(offset_of!(SharedPage, lpis))
+    }
+
     /// Waits until the guest has set itself up.
     ///
     /// # Errors
