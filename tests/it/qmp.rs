@@ -85,15 +85,19 @@ fn qemus_own_client_drives_it() -> Result<()> {
     let Some(python) = env::var_os("BLACKOUT_PYTHON") else {
         skip!("BLACKOUT_PYTHON is not set: no Python with qemu.qmp here");
     };
-    let mut vmm = Vmm::spawn(&paused("vm"))?;
+    let mut source = Vmm::spawn(&paused("vm"))?;
+    let mut destination = Vmm::spawn(&VmmOptions::default().incoming("defer"))?;
     let script = concat!(env!("CARGO_MANIFEST_DIR"), "/qmp/client.py");
     let output = Command::new(python)
         .arg(script)
-        .arg(vmm.dir().join("qmp"))
+        .args([&source, &destination].map(|vmm| vmm.dir().join("qmp")))
+        .arg(format!("unix:{}", source.dir().join("migration").display()))
         .output()?;
     let said = String::from_utf8_lossy(&output.stderr).into_owned();
     ensure!(output.status.success(), "{script}: {said}");
-    ensure!(vmm.wait_exit(LIMIT)?.success(), "{}", vmm.stderr());
+    for vmm in [&mut source, &mut destination] {
+        ensure!(vmm.wait_exit(LIMIT)?.success(), "{}", vmm.stderr());
+    }
     Ok(())
 }
 
