@@ -108,6 +108,12 @@ fn needs(purposes: &[Purpose]) -> Vec<Box<dyn Need>> {
             name: "node",
             package: "nodejs",
         }));
+        if ARCH == "x86_64" {
+            needs.push(Box::new(Program {
+                name: "qemu-system-x86_64",
+                package: "qemu-system-x86",
+            }));
+        }
         needs.push(Box::new(python::Environment));
     }
     needs
