@@ -2,6 +2,7 @@
 //! this machine and, cross-built, in the arm64 testbed.
 
 mod interrupts;
+mod its;
 mod latency;
 mod probes;
 mod qmp;

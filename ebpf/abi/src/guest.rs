@@ -71,13 +71,14 @@ pub mod command {
     /// own LPI: `result` is the number that arrived right, `result2` the number that did not.
     pub const CHECK_EVENTS: u64 = 1;
     /// Mask interrupts and raise the event `argument` (device × events + event): it stays pending.
+    /// `result` is its INTID, `result2` the vCPU that is to take it.
     /// On x86-64, which has no ITS, vCPU 0 sends itself one of 64 interrupts.
     pub const RAISE_MASKED: u64 = 2;
     /// Unmask interrupts and wait for the pending LPI: `result` is its INTID (x86-64: its vector), 0
     /// if none came.
     pub const TAKE_PENDING: u64 = 3;
     /// Spoil the ITS so that its save fails, the way `argument` says: 1 shrinks GITS_BASER<0> (devices) below a
-    /// mapped DeviceID (EINVAL), 2 points it where no RAM is (EFAULT).
+    /// mapped DeviceID (EINVAL), 2 points GITS_BASER<1> (collections) where no RAM is (EFAULT).
     pub const BREAK_ITS: u64 = 4;
     /// Undo [`BREAK_ITS`] and map everything again.
     pub const MEND_ITS: u64 = 5;
