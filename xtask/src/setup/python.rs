@@ -34,7 +34,12 @@ impl Need for Environment {
     }
 
     fn packages(&self) -> Vec<String> {
-        vec!["python3-venv".to_owned()]
+        // Debian splits from Python what a Python built elsewhere has.
+        let parts = ["-c", "import venv, ensurepip"];
+        match command::probe(Command::new("python3").args(parts)) {
+            Some(_) => Vec::new(),
+            None => vec!["python3-venv".to_owned()],
+        }
     }
 
     fn install(&self) -> Result<()> {
