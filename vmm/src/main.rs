@@ -91,7 +91,7 @@ fn main_loop(machine: &SharedMachine, requests: &Receiver<Request>) {
             Request::InternalError(why) => {
                 tracing::error!("{why}: the guest is stopped");
                 if let Err(error) = vm_stop(&mut lock(machine), RunState::InternalError, true) {
-                    tracing::error!("{error}");
+                    tracing::error!("{:#}", anyhow::Error::from(error));
                 }
             }
         }

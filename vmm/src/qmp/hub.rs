@@ -127,17 +127,19 @@ struct Entry {
 }
 
 impl Entry {
-    /// Queues a line; cuts the connection if the queue is full.
-    fn queue(&self, id: ClientId, line: Line) {
-        if let Err(TrySendError::Full(_)) = self.client.lines.try_send(line) {
-            tracing::warn!(client = id, "QMP client does not read: dropped");
-            self.cut();
+    /// Queues a line. Cuts the connection if the queue is full, and returns whether there still is
+    /// one; the client's reader sees the end and leaves.
+    fn queue(&self, line: Line) -> bool {
+        match self.client.lines.try_send(line) {
+            Ok(()) => true,
+            Err(TrySendError::Disconnected(_)) => false,
+            Err(TrySendError::Full(_)) => {
+                tracing::warn!("a QMP client does not read: it is dropped");
+                // It fails when the peer has cut it first.
+                let _ = self.client.stream.shutdown(Shutdown::Both);
+                false
+            }
         }
-    }
-
-    fn cut(&self) {
-        // It fails when the peer has cut it first. The client's reader sees the end and leaves.
-        let _ = self.client.stream.shutdown(Shutdown::Both);
     }
 }
 
@@ -154,23 +156,20 @@ fn run(outputs: Receiver<Output>) {
             }
             Output::Answer(id, Answer { line, subscribes }) => {
                 if let Some(entry) = clients.get_mut(&id) {
-                    entry.queue(id, line);
                     entry.subscribed |= subscribes;
+                    if !entry.queue(line) {
+                        clients.remove(&id);
+                    }
                 }
             }
             Output::Leave(id) => drop(clients.remove(&id)),
             Output::Event(at, event) => {
                 let bytes: Arc<[u8]> = wire::event(at, &event).into();
-                for (&id, entry) in clients.iter().filter(|(_, entry)| entry.subscribed) {
+                clients.retain(|_, entry| {
                     let bytes = Arc::clone(&bytes);
-                    entry.queue(
-                        id,
-                        Line {
-                            bytes,
-                            written: None,
-                        },
-                    );
-                }
+                    let written = None;
+                    !entry.subscribed || entry.queue(Line { bytes, written })
+                });
             }
             Output::Close(done) => {
                 finish(clients);
