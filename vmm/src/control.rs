@@ -1,4 +1,4 @@
-//! [4] [5] Stopping and starting the VM: `vm_stop` → `do_vm_stop`, and `vm_start`.
+//! `[4]` `[5]` Stopping and starting the VM: `vm_stop` → `do_vm_stop`, and `vm_start`.
 //!
 //! The caller holds the machine's lock, QEMU's big lock. Functions keep QEMU's names
 //! (`system/cpus.c`, `system/runstate.c`). What differs: an error of a handler is returned, not
@@ -35,7 +35,7 @@ impl Errno for Error {
     }
 }
 
-/// [4] Stops the VM for `state`. `from_vcpu` says that a vCPU asked for it; the call itself must
+/// `[4]` Stops the VM for `state`. `from_vcpu` says that a vCPU asked for it; the call itself must
 /// come from another thread, since it waits for every vCPU's.
 pub fn vm_stop(machine: &mut Machine, state: RunState, from_vcpu: bool) -> Result<(), Error> {
     probes::vm_stop(state.c_name(), u64::from(from_vcpu)).run(|_| do_vm_stop(machine, state))
@@ -51,7 +51,7 @@ pub fn vm_stop_force_state(machine: &mut Machine, state: RunState) -> Result<(),
     }
 }
 
-/// [5] Pauses the vCPUs, tells the handlers, drains what is under way.
+/// `[5]` Pauses the vCPUs, tells the handlers, drains what is under way.
 pub fn do_vm_stop(machine: &mut Machine, state: RunState) -> Result<(), Error> {
     probes::do_vm_stop(state.c_name()).run(|_| {
         let was_running = machine.run_state().is_running();

@@ -1,4 +1,4 @@
-//! [2] The connection: dialled at the source, accepted at the destination.
+//! `[2]` The connection: dialled at the source, accepted at the destination.
 
 use std::io;
 use std::net::ToSocketAddrs;

@@ -1,4 +1,4 @@
-//! [2] Live migration: connect → precopy → [3] stop → switchover, and the incoming side.
+//! `[2]` Live migration: connect → precopy → `[3]` stop → switchover, and the incoming side.
 //!
 //! One thread carries an outgoing migration, one an incoming one. `connect.rs` makes the
 //! connection, `stream/` is what goes over it, `precopy.rs` sends RAM while the guest runs,

@@ -209,7 +209,7 @@ pub(super) fn run(vm: &impl SourceVm, uri: &Uri, parameters: &Parameters, board:
     board.finish(status, error, report);
 }
 
-/// [2] Connects and agrees with the destination on the guest.
+/// `[2]` Connects and agrees with the destination on the guest.
 fn migration_connect(
     uri: &Uri,
     id: u64,

@@ -1,4 +1,4 @@
-//! [2] The migration's thread, once there is a connection: RAM in rounds while the guest runs, then
+//! `[2]` The migration's thread, once there is a connection: RAM in rounds while the guest runs, then
 //! the stop and the switchover.
 
 use super::board::Board;
@@ -12,7 +12,7 @@ use crate::memory::{PAGE_SIZE, PageRun};
 use crate::probes::{self, Guarded};
 use crate::spanlog::monotonic_ns;
 
-/// [2] Everything after the connection, from the first page to the destination's word that it runs
+/// `[2]` Everything after the connection, from the first page to the destination's word that it runs
 /// the guest.
 ///
 /// # Errors

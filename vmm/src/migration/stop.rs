@@ -1,4 +1,4 @@
-//! [3] `migration_stop_vm`: the stop of a migration. The downtime starts at its entry.
+//! `[3]` `migration_stop_vm`: the stop of a migration. The downtime starts at its entry.
 
 use crate::control;
 use crate::machine::Machine;
@@ -28,7 +28,7 @@ impl Stop {
     }
 }
 
-/// [3] Starts the downtime's clock, notes what the VM is, and stops it for the switchover. The
+/// `[3]` Starts the downtime's clock, notes what the VM is, and stops it for the switchover. The
 /// caller is the migration's thread and holds the machine's lock.
 ///
 /// # Errors

@@ -44,7 +44,7 @@ pub(super) trait SourceVm: MigrationVm {
     fn set_dirty_log(&self, on: bool) -> Result<(), memory::Error>;
     /// The pages written since the last call.
     fn take_dirty(&self) -> Result<Vec<PageRun>, memory::Error>;
-    /// [3] Stops the guest for the switchover; see [`stop::migration_stop_vm`].
+    /// `[3]` Stops the guest for the switchover; see [`stop::migration_stop_vm`].
     fn migration_stop_vm(&self, stop: &mut stop::Stop) -> Result<(), control::Error>;
     /// Saves the device with this place in machine order.
     fn save_device(&self, index: usize) -> Result<SavedDevice, StateError>;

@@ -1,4 +1,4 @@
-//! [1] The verbs: one function each, and the table that finds them.
+//! `[1]` The verbs: one function each, and the table that finds them.
 
 use std::ffi::CStr;
 

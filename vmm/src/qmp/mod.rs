@@ -1,4 +1,4 @@
-//! [1] QMP: the socket through which a VM is controlled, wire-compatible with QEMU's.
+//! `[1]` QMP: the socket through which a VM is controlled, wire-compatible with QEMU's.
 //!
 //! `server` accepts clients, `session` holds each one's dialogue, `json` and `wire` are the
 //! protocol, `commands` the verbs, `hub` the one way out for answers and events.

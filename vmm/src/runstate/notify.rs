@@ -1,4 +1,4 @@
-//! [6] `vm_state_notify`: one list of handlers, walked forward on a start and in reverse on a stop.
+//! `[6]` `vm_state_notify`: one list of handlers, walked forward on a start and in reverse on a stop.
 //!
 //! QEMU keeps the same list (`system/runstate.c`, `qdev_vm_state_handlers`). Two things differ:
 //! each callback is a span of its own, and an error is not just printed: the walk goes on to the
@@ -87,7 +87,7 @@ impl NotifyList {
         self.handlers.insert(at, handler);
     }
 
-    /// [6] Tells every handler: all `prepare` callbacks first, then all main ones, both walks
+    /// `[6]` Tells every handler: all `prepare` callbacks first, then all main ones, both walks
     /// forward when `running`, in reverse otherwise. The vCPUs must be paused.
     ///
     /// # Errors

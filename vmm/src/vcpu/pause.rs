@@ -1,4 +1,4 @@
-//! [5] `pause_all_vcpus`: out of the guest and out of `KVM_RUN`, all at once.
+//! `[5]` `pause_all_vcpus`: out of the guest and out of `KVM_RUN`, all at once.
 //!
 //! The order of the stores makes a kick impossible to lose. The pausing thread says what it wants,
 //! then sets `immediate_exit`, then sends the signal. A vCPU thread clears `immediate_exit`, then
@@ -16,7 +16,7 @@ use super::{Thread, Vcpus};
 use crate::probes::{self, Guarded};
 
 impl Vcpus {
-    /// [5] Kicks every vCPU, then waits until each one's thread is out of `KVM_RUN` with its last
+    /// `[5]` Kicks every vCPU, then waits until each one's thread is out of `KVM_RUN` with its last
     /// exit complete. From then on nobody holds a vCPU's lock until [`Vcpus::resume_all`].
     pub fn pause_all_vcpus(&self) {
         let paused: Result<(), Never> =

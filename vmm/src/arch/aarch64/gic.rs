@@ -1,4 +1,4 @@
-//! [7b] The GICv3: on every stop the redistributors write which LPIs are pending to guest RAM.
+//! `[7b]` The GICv3: on every stop the redistributors write which LPIs are pending to guest RAM.
 //!
 //! The seven layers of the seed stop at the ITS, but an ITS save is not whole without this: the
 //! tables say where an event goes, and the pending tables which LPIs wait to be taken.

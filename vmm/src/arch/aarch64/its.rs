@@ -1,4 +1,4 @@
-//! [7] The ITS: on every stop, whatever it is for, it writes its tables to guest RAM.
+//! `[7]` The ITS: on every stop, whatever it is for, it writes its tables to guest RAM.
 //!
 //! The tables lie in guest RAM, so a migration moves them with the last dirty pages; what is left
 //! to move are the few registers that say where they are.

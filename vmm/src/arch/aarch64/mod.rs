@@ -1,6 +1,6 @@
 //! The arm64 board: GICv3 with one ITS, vCPUs under PSCI, the virtual counter.
 //!
-//! [7] is `its.rs`, [7b] `gic.rs`. What a migration saves and loads of them is there and in
+//! `[7]` is `its.rs`, `[7b]` `gic.rs`. What a migration saves and loads of them is there and in
 //! `gic_state.rs`; the order is that of `Documentation/virt/kvm/devices/arm-vgic{-v3,-its}.rst`.
 
 mod boot;

@@ -1,4 +1,4 @@
-//! [7] The kvmclock handler: the guest's clock stands still while the guest does.
+//! `[7]` The kvmclock handler: the guest's clock stands still while the guest does.
 //!
 //! QEMU's `hw/i386/kvm/clock.c` does the same: read the clock on a stop, set it back on a start,
 //! and tell each vCPU that it was stopped. x86-64 has no ITS; this is what its hop 7 is.

@@ -2,7 +2,7 @@
 //!
 //! `layout` is the address map, `boot` puts the payload and its page tables there, `cpuid` and
 //! `vcpu` are what a vCPU can do and the state it is in, `irqchip` and `pit` are what KVM emulates
-//! outside the vCPUs, `clock` is hop [7], `power` is how a guest switches itself off.
+//! outside the vCPUs, `clock` is hop `[7]`, `power` is how a guest switches itself off.
 
 mod at_stop;
 mod boot;
