@@ -4,6 +4,8 @@
 mod interrupts;
 mod its;
 mod latency;
+mod migrate;
+mod migrate_faults;
 mod probes;
 mod qmp;
 mod state;

@@ -6,13 +6,17 @@
 pub mod guest_ram;
 pub mod observer;
 pub mod programs;
+pub mod proxy;
 pub mod qmp;
+pub mod resources;
 pub mod skip;
 pub mod tool;
 pub mod vmm;
 
 pub use guest_ram::GuestView;
 pub use observer::Observer;
+pub use proxy::Proxy;
 pub use qmp::{Qmp, QmpError};
+pub use resources::Resources;
 pub use tool::{Recorder, Report};
 pub use vmm::{Vmm, VmmOptions};

@@ -132,7 +132,7 @@ impl Qmp {
         loop {
             let answer = self.execute("query-migrate", Value::Null)?;
             match answer["status"].as_str().unwrap_or("none") {
-                "completed" | "failed" | "cancelled" | "none" => return Ok(answer),
+                "completed" | "failed" | "cancelled" | "unknown" | "none" => return Ok(answer),
                 status if Instant::now() > deadline => bail!("the migration is still {status}"),
                 _ => thread::sleep(Duration::from_millis(5)),
             }

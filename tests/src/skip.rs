@@ -1,4 +1,9 @@
-//! Tests that can't run on a machine say so, and are counted.
+//! Tests that can't run on a machine say so, and are counted; tests that take long ask first.
+
+/// Whether the tests that take long are to run: `cargo xtask test --slow`.
+pub fn slow() -> bool {
+    std::env::var("BLACKOUT_SLOW").is_ok_and(|value| value == "1")
+}
 
 /// Ends the calling test as skipped, with the reason in a form that `cargo xtask test` counts:
 /// `SKIP: <test>: <why>`.

@@ -151,6 +151,11 @@ impl Link {
         &self.clock
     }
 
+    /// Payload bytes of pages that the destination has loaded.
+    pub(super) fn loaded_bytes(&self) -> u64 {
+        self.flow.bytes_loaded
+    }
+
     /// Sends the pages of a round, never more of them ahead of what the destination has loaded than
     /// the window allows, and keeps `board` up to date.
     pub(super) fn send_pages(

@@ -68,6 +68,7 @@ fn ram_rounds(
         let decision = convergence.round(sent.bytes, took_ns, remaining);
         board.set_expected_downtime(convergence.expected_ns(remaining));
         board.update_ram(|ram| {
+            ram.transferred = link.loaded_bytes();
             ram.remaining = remaining;
             ram.dirty_sync_count += 1;
             ram.dirty_pages_rate = per_second(remaining / PAGE_SIZE, took_ns);

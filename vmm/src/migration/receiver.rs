@@ -129,8 +129,10 @@ impl<'a, V: TargetVm> Receiver<'a, V> {
 
     /// Learns what the source has, and accepts it.
     fn greet(&mut self) -> Result<(), Error> {
-        self.channel.send_preface()?;
-        self.channel.receive_preface()?;
+        // A peer of another version must learn of this one's; one that is gone is the better error.
+        let theirs = self.channel.receive_preface();
+        let ours = self.channel.send_preface();
+        theirs.and(ours)?;
         let hello: Hello = self
             .channel
             .receive()?

@@ -86,6 +86,7 @@ fn switchover(
 ) -> Result<(), Error> {
     probes::switchover(attempt.id()).run(|_| {
         link.wait_loaded()?;
+        board.update_ram(|ram| ram.transferred = link.loaded_bytes());
         board.seal()?;
         let mut committed = None;
         vm.commit(&mut || committed = Some(link.send_commit()))

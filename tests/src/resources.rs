@@ -1,0 +1,65 @@
+//! What a process holds on to, for tests that nothing leaks.
+
+use std::fs;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+
+/// What a process holds.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Resources {
+    /// Open files.
+    pub fds: usize,
+    /// Threads.
+    pub threads: usize,
+    /// Memory of its own, KiB: guest RAM, which is shared memory, is not in it.
+    pub private_kib: u64,
+}
+
+/// How long a thread may take to end after it has done its work.
+const SETTLE: Duration = Duration::from_secs(5);
+
+impl Resources {
+    /// What `pid` holds, once it holds no more files and threads than `before`, and no more memory
+    /// but for a mebibyte.
+    ///
+    /// # Errors
+    /// When it still holds more after some seconds: it leaks.
+    pub fn settled(pid: u32, before: Resources) -> Result<Self> {
+        let deadline = Instant::now() + SETTLE;
+        loop {
+            let now = Resources::of(pid)?;
+            let grown = now.private_kib.saturating_sub(before.private_kib);
+            if now.fds <= before.fds && now.threads <= before.threads && grown < 1024 {
+                return Ok(now);
+            }
+            ensure!(
+                Instant::now() < deadline,
+                "it holds {now:?}, and held {before:?}"
+            );
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
+
+    /// What `pid` holds now.
+    pub fn of(pid: u32) -> Result<Self> {
+        let count = |what: &str| -> Result<usize> {
+            let folder = format!("/proc/{pid}/{what}");
+            Ok(fs::read_dir(&folder)
+                .with_context(|| folder.clone())?
+                .count())
+        };
+        let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
+        let anon = status
+            .lines()
+            .find_map(|line| line.strip_prefix("RssAnon:"));
+        let anon = anon.and_then(|rest| rest.split_whitespace().next());
+        let private_kib = anon.context("no RssAnon in /proc/PID/status")?.parse()?;
+        Ok(Resources {
+            fds: count("fd")?,
+            threads: count("task")?,
+            private_kib,
+        })
+    }
+}
