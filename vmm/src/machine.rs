@@ -8,13 +8,13 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use vmm_sys_util::eventfd::EventFd;
 
-use crate::arch;
+use crate::arch::{self, Mapped};
 use crate::devices::DeviceState;
 use crate::devices::bus::Shared;
 use crate::devices::serial::{Output, Serial};
 use crate::kvm::{self, Vcpu, Vm};
 use crate::memory::{self, GuestRam};
-use crate::probes::Errno;
+use crate::probes::{self, Errno};
 use crate::runstate::{Event, EventSender, IllegalTransition, NotifyList, Request, RunState};
 use crate::vcpu::{Buses, Vcpus};
 
@@ -187,6 +187,14 @@ impl Machine {
     /// The interrupt controller.
     pub fn irqchip(&self) -> &arch::Irqchip {
         &self.irqchip
+    }
+
+    /// Counts what the ITS maps, if there is one and its tables are in RAM, and says it in the probe
+    /// `its_mapped`. That takes a while: the guest should run, or be gone.
+    pub fn count_mapped(&self) {
+        if let Some(Mapped { devices, events }) = self.irqchip.mapped(&self.ram) {
+            probes::its_mapped(0, devices, events);
+        }
     }
 
     /// The console, for input.

@@ -47,3 +47,12 @@ pub struct BootParams<'a> {
     /// The guest's command line.
     pub cmdline: &'a str,
 }
+
+/// What an interrupt translation service maps.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Mapped {
+    /// Devices.
+    pub devices: u64,
+    /// Events of all of them.
+    pub events: u64,
+}

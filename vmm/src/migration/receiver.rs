@@ -115,6 +115,7 @@ impl<'a, V: TargetVm> Receiver<'a, V> {
             // The guest is here all the same; it is the source that will not know.
             tracing::warn!("the source was not told that the guest runs: {error}");
         }
+        self.vm.settle();
         Ok(())
     }
 

@@ -71,6 +71,9 @@ pub(super) trait TargetVm: MigrationVm {
     /// Lets the guest go on in the state `old`, its state at the source, unless a person wants it
     /// paused. Returns when its first vCPU entered the guest, ns of `CLOCK_MONOTONIC`, if it runs.
     fn go_on(&self, old: RunState) -> Result<Option<u64>, control::Error>;
+    /// The guest has run here for a while, and the source knows: there is time for what is only of
+    /// interest.
+    fn settle(&self);
     /// Devices hold part of a state: this machine can't be used any more.
     fn spoil(&self);
 }
@@ -146,8 +149,10 @@ impl SourceVm for SharedMachine {
     }
 
     fn postmigrate(&self) {
+        let mut machine = lock(self);
         // Whatever else the machine became meanwhile, such as shut down, does not run either.
-        let _ = lock(self).set_state(RunState::Postmigrate);
+        let _ = machine.set_state(RunState::Postmigrate);
+        machine.count_mapped();
     }
 }
 
@@ -165,6 +170,10 @@ impl TargetVm for SharedMachine {
         continue_in(&mut machine, state)?;
         let first_run = || machine.vcpus().wait_first_run(FIRST_RUN_TIMEOUT);
         Ok(state.is_running().then(first_run).flatten())
+    }
+
+    fn settle(&self) {
+        lock(self).count_mapped();
     }
 
     fn spoil(&self) {

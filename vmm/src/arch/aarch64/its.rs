@@ -4,7 +4,7 @@
 //! to move are the few registers that say where they are.
 
 use std::ffi::CStr;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use kvm_bindings::{
     KVM_DEV_ARM_ITS_RESTORE_TABLES, KVM_DEV_ARM_ITS_SAVE_TABLES, KVM_DEV_ARM_VGIC_CTRL_INIT,
@@ -23,6 +23,9 @@ use crate::runstate::{RunState, StateHandler};
 /// The only ITS's number in probes.
 const INDEX: u64 = 0;
 
+/// `GITS_BASER<n>.Type` of the device table.
+const DEVICES: u64 = 1;
+
 /// Offsets of the registers (GIC architecture, IHI 0069, chapter 12.18).
 mod gits {
     pub(super) const CTLR: u64 = 0x0;
@@ -37,6 +40,8 @@ mod gits {
 pub(super) struct Its {
     device: Arc<Device>,
     basers: Vec<u64>,
+    /// Shared with the part that migrates, which knows it from the last time.
+    device_table: Arc<Mutex<Option<u64>>>,
 }
 
 impl Its {
@@ -48,6 +53,7 @@ impl Its {
         Ok(Its {
             device: Arc::new(device),
             basers: Vec::new(),
+            device_table: Arc::default(),
         })
     }
 
@@ -82,7 +88,16 @@ impl Its {
         ItsState {
             device: Arc::clone(&self.device),
             basers: self.basers.clone(),
+            device_table: Arc::clone(&self.device_table),
         }
+    }
+
+    /// The `GITS_BASER<n>` of the device table, when the state was saved or loaded last.
+    pub(super) fn device_table(&self) -> Option<u64> {
+        *self
+            .device_table
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 }
 
@@ -131,6 +146,7 @@ pub(super) struct ItsState {
     device: Arc<Device>,
     /// Offsets of the `GITS_BASER<n>` that this ITS has.
     basers: Vec<u64>,
+    device_table: Arc<Mutex<Option<u64>>>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -153,6 +169,15 @@ impl ItsState {
         self.device
             .set(KVM_DEV_ARM_VGIC_GRP_ITS_REGS, offset, value)
     }
+
+    fn note_device_table(&self, basers: &[u64]) {
+        let table = basers.iter().find(|&&baser| baser_type(baser) == DEVICES);
+        let mut noted = self
+            .device_table
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
+        *noted = table.copied();
+    }
 }
 
 impl DeviceState for ItsState {
@@ -165,9 +190,11 @@ impl DeviceState for ItsState {
     }
 
     fn save(&mut self) -> Result<Vec<u8>, StateError> {
-        let basers: Result<_, _> = self.basers.iter().map(|&offset| self.get(offset)).collect();
+        let basers = self.basers.iter().map(|&offset| self.get(offset));
+        let basers = basers.collect::<Result<Vec<_>, _>>()?;
+        self.note_device_table(&basers);
         encode(&State {
-            basers: basers?,
+            basers,
             ctlr: self.get(gits::CTLR)?,
             cbaser: self.get(gits::CBASER)?,
             creadr: self.get(gits::CREADR)?,
@@ -190,6 +217,7 @@ impl DeviceState for ItsState {
         for (&offset, &baser) in self.basers.iter().zip(&state.basers) {
             self.set(offset, baser)?;
         }
+        self.note_device_table(&state.basers);
         let restore = u64::from(KVM_DEV_ARM_ITS_RESTORE_TABLES);
         probes::its_restore_tables(INDEX)
             .run(|_| self.device.command(KVM_DEV_ARM_VGIC_GRP_CTRL, restore))?;

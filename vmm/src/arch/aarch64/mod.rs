@@ -8,6 +8,7 @@ mod fdt;
 mod gic;
 mod gic_state;
 mod its;
+mod its_tables;
 mod layout;
 mod registers;
 mod timer;
@@ -21,9 +22,10 @@ pub use boot::{Entry, load_payload};
 pub use layout::{SERIAL, ram_layout};
 pub use vcpu::{init_vcpu, set_entry, vcpu_state};
 
-use super::BoardDevice;
+use super::{BoardDevice, Mapped};
 use crate::devices::DeviceState;
 use crate::kvm::{self, Vcpu, Vm};
+use crate::memory::GuestRam;
 use crate::payload;
 use crate::probes::Errno;
 use crate::runstate::{Request, StateHandler};
@@ -146,5 +148,12 @@ impl Irqchip {
             _ => return Ok(false),
         }
         Ok(true)
+    }
+
+    /// What the ITS maps, as its tables in `ram` said when its state was saved or loaded last;
+    /// `None` before that.
+    pub fn mapped(&self, ram: &GuestRam) -> Option<Mapped> {
+        let baser = self.its.device_table()?;
+        Some(its_tables::count(ram, baser))
     }
 }

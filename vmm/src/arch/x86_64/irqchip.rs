@@ -12,8 +12,10 @@ use serde::{Deserialize, Serialize};
 use super::clock::Clock;
 use super::pit::Pit;
 use super::{Error, layout};
+use crate::arch::Mapped;
 use crate::devices::{DeviceState, StateError, decode, encode};
 use crate::kvm::{Vcpu, Vm};
+use crate::memory::GuestRam;
 use crate::runstate::StateHandler;
 
 /// The interrupt controllers, the PIT and the kvmclock of one VM.
@@ -58,6 +60,11 @@ impl Irqchip {
             _ => return Ok(false),
         }
         Ok(true)
+    }
+
+    /// There is no ITS on this board.
+    pub fn mapped(&self, _ram: &GuestRam) -> Option<Mapped> {
+        None
     }
 
     /// What migrates, in the order in which it is loaded: after the vCPUs, because the I/O APIC

@@ -232,6 +232,8 @@ impl TargetVm for Fake {
         Ok(old.is_running().then(monotonic_ns))
     }
 
+    fn settle(&self) {}
+
     fn spoil(&self) {
         self.set_state(RunState::InternalError).unwrap();
     }
