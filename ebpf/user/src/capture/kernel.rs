@@ -6,6 +6,7 @@ use std::io;
 use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 
+use aya::{Btf, BtfError};
 use rustix::mount::{MountFlags, mount};
 use rustix::thread::{CapabilitySet, capabilities};
 
@@ -66,6 +67,32 @@ pub(super) fn mount_tracefs() {
     }
 }
 
+/// The kernel's BTF, where a source needs it: the functions that can be traced by it are arm64's, and
+/// parsing it takes long.
+pub(super) fn btf() -> Result<Btf, BtfError> {
+    if ARCH == "aarch64" {
+        Btf::from_sys_fs()
+    } else {
+        Ok(Btf::new())
+    }
+}
+
+/// Whether the kernel is at least this version. Distributions backport much, so this is asked only
+/// where nothing better can be.
+pub(super) fn is_at_least(major: u32, minor: u32) -> bool {
+    let release = rustix::system::uname()
+        .release()
+        .to_string_lossy()
+        .into_owned();
+    let mut numbers = release
+        .split(['.', '-', '+'])
+        .map_while(|number| number.parse().ok());
+    (
+        numbers.next().unwrap_or(0_u32),
+        numbers.next().unwrap_or(0_u32),
+    ) >= (major, minor)
+}
+
 /// One thing that attaching depends on.
 #[derive(Clone, Debug)]
 pub struct Fact {
@@ -90,7 +117,7 @@ pub fn survey() -> Vec<Fact> {
         tracefs(),
         uprobes(),
         semaphores(),
-        btf(),
+        btf_fact(),
     ];
     facts.extend(lockdown());
     facts.extend([kvm(), namespace()]);
@@ -177,7 +204,7 @@ fn semaphores() -> Fact {
     fact
 }
 
-fn btf() -> Fact {
+fn btf_fact() -> Fact {
     let path = "/sys/kernel/btf/vmlinux";
     let result = match fs::File::open(path) {
         Ok(_) => Ok(path.to_string()),

@@ -5,8 +5,8 @@
 //! `cli/doctor.rs` uses [`Programs`] alone to see what the kernel takes, and [`kernel`] to say why
 //! it does not.
 //!
-//! One file for each question: what is loaded ([`programs`](Programs)) and where it is put
-//! (`attach`), which probes are wanted and what their sites look like ([`sites`]), what a file
+//! One file for each question: what is loaded ([`programs`](Programs)), where it could be put
+//! ([`sources`](Source)) and what the kernel takes of that (`attach`), which probes are wanted and what their sites look like ([`sites`]), what a file
 //! descriptor stands for (`fds`), what a record means (`translate`), what a process is (`process`),
 //! how one is started so that no probe of it is missed ([`Child`]).
 
@@ -15,11 +15,13 @@ mod child;
 mod clock;
 mod fds;
 pub mod kernel;
+mod multi;
 mod object;
 mod process;
 mod programs;
 mod recorder;
 pub mod sites;
+mod sources;
 mod translate;
 
 use std::io;
@@ -31,11 +33,11 @@ use thiserror::Error;
 
 use crate::{recording, usdt};
 
-pub use attach::{Coverage, Refusal, Source};
 pub use child::Child;
 pub use object::object;
 pub use programs::{Options, Programs};
 pub use recorder::{Recorder, Summary};
+pub use sources::{Coverage, Refusal, Source};
 
 /// Why nothing could be recorded.
 #[derive(Debug, Error)]

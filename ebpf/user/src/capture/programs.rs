@@ -2,13 +2,13 @@
 //! [`attach`](super::attach)'s part.
 
 use std::io::ErrorKind;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, BorrowedFd, OwnedFd};
 
 use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, RingBuf};
 use aya::{Ebpf, EbpfLoader};
 use blackout_abi::event::{Lost, RunEdges, SiteSpec};
 
-use super::{Error, kernel};
+use super::{Error, kernel, multi};
 
 /// More sites than QEMU has with every trace point, at 200 bytes each.
 pub(super) const MAX_SITES: usize = 8192;
@@ -25,6 +25,8 @@ pub struct Options {
 /// The eBPF programs and maps in the kernel. Dropping it takes them all away.
 pub struct Programs {
     pub(super) ebpf: Ebpf,
+    /// The USDT program as one link can put it onto many sites, or why there is none.
+    pub(super) multi: Result<OwnedFd, multi::Error>,
     pub(super) records: RingBuf<MapData>,
     lost: PerCpuArray<MapData, Lost>,
     targets: HashMap<MapData, u32, u8>,
@@ -60,6 +62,7 @@ impl Programs {
             .load(object)
             .map_err(|source| Error::Load(Box::new(source)))?;
         Ok(Self {
+            multi: multi::load(object, &ebpf, "usdt_sleepable"),
             records: map(&mut ebpf, "RECORDS")?,
             lost: map(&mut ebpf, "LOST")?,
             targets: map(&mut ebpf, "TARGETS")?,

@@ -11,6 +11,7 @@ use aya::sys::{Stats, enable_stats};
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
 use rustix::io::Errno;
 
+use super::attach::UsdtProgram;
 use super::process::Process;
 use super::sites::Pattern;
 use super::translate::Translator;
@@ -127,20 +128,17 @@ impl Recorder {
             self.writer.write(&Frame::Probe(probe))?;
         }
         self.writer.write(&Frame::Process(process.describe()))?;
-        let program = self
-            .programs
-            .usdt_program()
-            .ok_or(Error::Foreign("usdt_plain"))?;
-        for site in &added.sites {
-            self.attached.push(self.uprobes.attach(
-                program,
-                &process.exe(),
-                site.offset,
-                site.semaphore,
-                Some(pid),
-                site.cookie.into(),
-            )?);
-        }
+        let (exe, points) = (process.exe(), &added.sites);
+        self.attached.push(
+            match self.programs.usdt().ok_or(Error::Foreign("usdt_plain"))? {
+                UsdtProgram::Multi(program) => {
+                    Uprobes::attach_multi(program, &exe, points, Some(pid))?
+                }
+                UsdtProgram::Single(program) => {
+                    self.uprobes.attach(program, &exe, points, Some(pid))?
+                }
+            },
+        );
         self.translator.fds.scan(pid);
         self.programs.add_target(pid)?;
         self.processes.push(process);
@@ -175,7 +173,8 @@ impl Recorder {
         Ok(())
     }
 
-    /// Detaches, writes what is left and ends the file.
+    /// Writes what is left, ends the file and detaches, in this order: without a multi-link the last
+    /// takes seconds.
     ///
     /// # Errors
     /// [`Error::Map`] and [`Error::Recording`].
@@ -183,7 +182,6 @@ impl Recorder {
         for process in &self.processes {
             self.programs.remove_target(process.pid)?;
         }
-        self.attached.clear();
         self.drain()?;
         self.check_lost()?;
         for (tid, edges) in self.programs.runs() {

@@ -12,7 +12,7 @@ use blackout_abi::probes::{self, ArgKind};
 use super::Error;
 use super::programs::MAX_SITES;
 use crate::recording::{ArgDef, ProbeDef, ValueKind};
-use crate::usdt::{Arg, Binary, Operand, Site};
+use crate::usdt::{Arg, Binary, Operand, Point, Site};
 
 /// A choice of probes: `PROVIDER:NAME`, where `*` stands for any characters.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -85,18 +85,10 @@ fn known(site: &Site) -> Option<&'static [probes::Arg]> {
     same.then_some(probe.args)
 }
 
-/// A site that is to be attached.
-#[derive(Clone, Copy, Debug)]
-pub(super) struct Placed {
-    pub(super) cookie: u32,
-    pub(super) offset: u64,
-    pub(super) semaphore: Option<u64>,
-}
-
 /// Every site of every binary met so far. Cookies and probe ids are indices in it.
 #[derive(Debug, Default)]
 pub(super) struct Sites {
-    binaries: HashMap<(u64, u64), Vec<Placed>>,
+    binaries: HashMap<(u64, u64), Vec<Point>>,
     probes: Vec<ProbeDef>,
     /// The probe of each site, by cookie.
     sites: Vec<u32>,
@@ -107,7 +99,7 @@ pub(super) struct Sites {
 pub(super) struct Added {
     pub(super) specs: Vec<(u32, SiteSpec)>,
     pub(super) probes: Vec<ProbeDef>,
-    pub(super) sites: Vec<Placed>,
+    pub(super) sites: Vec<Point>,
 }
 
 impl Sites {
@@ -139,10 +131,10 @@ impl Sites {
             let cookie = self.sites.len() as u32;
             let probe = self.probe(&site, &mut added.probes);
             added.specs.push((cookie, spec(&site, probe)));
-            added.sites.push(Placed {
-                cookie,
+            added.sites.push(Point {
                 offset: site.offset,
                 semaphore: site.semaphore,
+                cookie: cookie.into(),
             });
             let id = probe.id;
             self.sites.push(id);

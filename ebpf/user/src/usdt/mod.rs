@@ -29,7 +29,7 @@ use std::path::PathBuf;
 
 use thiserror::Error;
 
-pub use attach::{Attachment, Uprobes};
+pub use attach::{Attachment, Point, Uprobes};
 pub use elf::Machine;
 pub use note::{Binary, Site};
 pub use operand::{Arg, Operand};
@@ -112,8 +112,8 @@ pub enum Error {
         /// The system's reason.
         source: io::Error,
     },
-    /// The kernel refused to run the program on the uprobe.
-    #[error("cannot link the program to the uprobe at offset {offset:#x} of {}", path.display())]
+    /// The kernel refused to run the program on the uprobe, or on the uprobes from it on.
+    #[error("cannot link the program to the uprobes of {}, at offset {offset:#x}", path.display())]
     Link {
         /// Which file.
         path: PathBuf,

@@ -1,0 +1,187 @@
+//! What events are about, and by which ways the kernel may give them: for each source the ways stand
+//! in the order in which they are tried.
+
+use blackout_abi::event::Function;
+
+/// What events are about.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Source {
+    /// USDT probes.
+    Usdt,
+    /// KVM's ioctls, `KVM_RUN` among them.
+    Ioctls,
+    /// The moments at which guest code is entered and left.
+    Guest,
+    /// The end of threads.
+    Threads,
+    /// A function of KVM's own.
+    Function(Function),
+}
+
+/// How a source is covered.
+#[derive(Clone, Debug)]
+pub struct Coverage {
+    /// Which source.
+    pub source: Source,
+    /// The way that the kernel took, if it took any.
+    pub way: Option<&'static str>,
+    /// The ways before it, or all, and why the kernel did not take them.
+    pub refused: Vec<Refusal>,
+}
+
+/// A way that the kernel did not take.
+#[derive(Clone, Debug)]
+pub struct Refusal {
+    /// The way.
+    pub way: &'static str,
+    /// The kernel's reason, in one line.
+    pub why: String,
+}
+
+/// A way: its name, and the programs that make it up. Returns are attached before calls, so that a
+/// call that was seen has its return seen too.
+pub(super) struct Way {
+    pub(super) name: &'static str,
+    pub(super) programs: &'static [(&'static str, Hook)],
+}
+
+/// Where a program goes.
+#[derive(Clone, Copy)]
+pub(super) enum Hook {
+    /// Loaded already, by [`multi`](super::multi); the sites of a process are attached by one link.
+    Multi,
+    /// Loaded only; sites are attached one by one.
+    Sites,
+    /// A tracepoint by category and name.
+    Tracepoint(&'static str, &'static str),
+    /// Entry or exit of the source's function, whichever the program is for.
+    Function,
+}
+
+impl Source {
+    /// Every source that this architecture can have.
+    pub fn all() -> Vec<Self> {
+        let mut all = vec![Self::Usdt, Self::Ioctls, Self::Guest, Self::Threads];
+        // The ITS is arm64's.
+        if std::env::consts::ARCH == "aarch64" {
+            all.extend(Function::ALL.map(Self::Function));
+        }
+        all
+    }
+
+    /// What the source is, for people.
+    pub fn name(self) -> &'static str {
+        match self {
+            Self::Usdt => "USDT probes",
+            Self::Ioctls => "KVM ioctls",
+            Self::Guest => "guest entries and exits",
+            Self::Threads => "ends of threads",
+            Self::Function(function) => function.symbol(),
+        }
+    }
+
+    /// Whether a recording is worth nothing without it.
+    pub fn is_essential(self) -> bool {
+        matches!(self, Self::Usdt | Self::Ioctls)
+    }
+
+    pub(super) fn ways(self) -> &'static [Way] {
+        match self {
+            Self::Usdt => &[
+                Way {
+                    name: "uprobe_multi",
+                    programs: &[("usdt_sleepable", Hook::Multi)],
+                },
+                Way {
+                    name: "uprobe (sleepable)",
+                    programs: &[("usdt_sleepable", Hook::Sites)],
+                },
+                Way {
+                    name: "uprobe",
+                    programs: &[("usdt_plain", Hook::Sites)],
+                },
+            ],
+            Self::Ioctls => &[
+                Way {
+                    name: "tracepoint",
+                    programs: &[
+                        ("ioctl_exit", Hook::Tracepoint("syscalls", "sys_exit_ioctl")),
+                        (
+                            "ioctl_enter",
+                            Hook::Tracepoint("syscalls", "sys_enter_ioctl"),
+                        ),
+                    ],
+                },
+                Way {
+                    name: "tracepoint (no BTF)",
+                    programs: &[
+                        (
+                            "ioctl_exit_plain",
+                            Hook::Tracepoint("syscalls", "sys_exit_ioctl"),
+                        ),
+                        (
+                            "ioctl_enter",
+                            Hook::Tracepoint("syscalls", "sys_enter_ioctl"),
+                        ),
+                    ],
+                },
+            ],
+            Self::Guest => &[Way {
+                name: "tracepoint",
+                programs: &[
+                    ("guest_exit", Hook::Tracepoint("kvm", "kvm_exit")),
+                    ("guest_enter", Hook::Tracepoint("kvm", "kvm_entry")),
+                ],
+            }],
+            Self::Threads => &[Way {
+                name: "tracepoint",
+                programs: &[(
+                    "thread_exit",
+                    Hook::Tracepoint("sched", "sched_process_exit"),
+                )],
+            }],
+            Self::Function(function) => function_ways(function),
+        }
+    }
+}
+
+/// By trampoline, which costs least; by kprobe where the kernel has no trampolines (arm64 before
+/// 6.4) or does not give them out.
+fn function_ways(function: Function) -> &'static [Way] {
+    macro_rules! ways {
+        ($fentry:literal, $fexit:literal, $kprobe:literal, $kretprobe:literal) => {
+            &[
+                Way {
+                    name: "fentry",
+                    programs: &[($fexit, Hook::Function), ($fentry, Hook::Function)],
+                },
+                Way {
+                    name: "kprobe",
+                    programs: &[($kretprobe, Hook::Function), ($kprobe, Hook::Function)],
+                },
+            ]
+        };
+    }
+    match function {
+        Function::ItsSave => {
+            ways!(
+                "its_save_fentry",
+                "its_save_fexit",
+                "its_save_kprobe",
+                "its_save_kretprobe"
+            )
+        }
+        Function::ItsRestore => ways!(
+            "its_restore_fentry",
+            "its_restore_fexit",
+            "its_restore_kprobe",
+            "its_restore_kretprobe"
+        ),
+        Function::PendingSave => ways!(
+            "pending_save_fentry",
+            "pending_save_fexit",
+            "pending_save_kprobe",
+            "pending_save_kretprobe"
+        ),
+    }
+}
