@@ -37,7 +37,7 @@ pub struct BootPage {
     pub vcpus: u32,
     /// First byte of RAM.
     pub ram_base: u64,
-    /// Bytes of RAM.
+    /// Bytes of RAM. On x86-64 the first 3 GiB start at `ram_base`, the rest at 4 GiB.
     pub ram_size: u64,
     /// The serial port: an MMIO address on arm64, an I/O port on x86-64.
     pub serial: u64,

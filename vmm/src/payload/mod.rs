@@ -100,11 +100,12 @@ pub fn load_elf_or_flat(mem: &GuestMemoryMmap, path: &Path, target: &Target) -> 
         .take(4)
         .read_to_end(&mut magic)
         .map_err(file_error)?;
+    // A device such as /dev/zero has bytes, but no size.
+    if magic.is_empty() || size == 0 {
+        return Err(Error::Empty);
+    }
     if magic == elf::ELFMAG {
         return load_elf(mem, &mut file, target);
-    }
-    if magic.is_empty() {
-        return Err(Error::Empty);
     }
     load_range(mem, &mut file, 0..size, target.flat_gpa, size, target)?;
     Ok(target.flat_gpa)
@@ -174,8 +175,8 @@ fn parse_elf<'a>(data: impl ReadRef<'a>, target: &Target) -> Result<(u64, Vec<Se
         return Err(Error::Foreign(format!("not an executable (type {kind})")));
     }
     if machine != target.machine {
-        let wanted = target.machine;
-        let problem = format!("for machine {machine}; this monitor runs machine {wanted}");
+        let (found, wanted) = (machine_name(machine), machine_name(target.machine));
+        let problem = format!("for {found}; this monitor runs {wanted} guests");
         return Err(Error::Foreign(problem));
     }
     let segments = header
@@ -186,6 +187,14 @@ fn parse_elf<'a>(data: impl ReadRef<'a>, target: &Target) -> Result<(u64, Vec<Se
         .map(|ph| segment(ph, endian))
         .collect::<Result<_, _>>()?;
     Ok((header.e_entry.get(endian), segments))
+}
+
+fn machine_name(machine: u16) -> String {
+    match machine {
+        elf::EM_X86_64 => "x86-64".into(),
+        elf::EM_AARCH64 => "arm64".into(),
+        other => format!("ELF machine {other}"),
+    }
 }
 
 fn segment<E: Endian>(ph: &ProgramHeader64<E>, endian: E) -> Result<Segment, Error> {
@@ -222,7 +231,7 @@ fn load_range(
     let end = gpa.checked_add(size).filter(|_| fits);
     let end = end.ok_or_else(|| place("don't lie in guest RAM"))?;
     if gpa < target.reserved.end && target.reserved.start < end {
-        return Err(place("lie on the monitor's boot pages"));
+        return Err(place("lie on the monitor's boot pages: link it higher"));
     }
     file.seek(SeekFrom::Start(bytes.start))
         .map_err(|_| place("lie beyond the end of the file"))?;

@@ -110,7 +110,7 @@ fn hostile_files_are_refused_with_a_reason() {
         ("not a 64-bit", b"\x7fELF".to_vec()),
         ("not a 64-bit", ELF.bytes()[..40].to_vec()),
         (
-            "for machine 183",
+            "for arm64; this monitor runs x86-64",
             Elf {
                 machine: 183,
                 ..ELF
