@@ -53,7 +53,7 @@ pub(crate) struct Args {
     )]
     pub(crate) serial: Console,
 
-    /// Control socket: unix:PATH[,server=on][,wait=off]
+    /// Control socket: `unix:PATH[,server=on][,wait=off]`
     #[arg(long, value_name = "ADDRESS", help_heading = "Control")]
     pub(crate) qmp: Option<Address>,
 

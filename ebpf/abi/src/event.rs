@@ -356,13 +356,7 @@ mod tests {
         for function in Function::ALL {
             assert_eq!(Function::from_u32(function as u32), Some(function));
         }
-        for edge in [
-            RunEdge::First,
-            RunEdge::Gap,
-            RunEdge::Entry,
-            RunEdge::End,
-            RunEdge::Out,
-        ] {
+        for edge in [RunEdge::First, RunEdge::Gap, RunEdge::Entry, RunEdge::End] {
             assert_eq!(RunEdge::from_u32(edge as u32), Some(edge));
         }
         assert_eq!(Kind::from_u32(0), None);

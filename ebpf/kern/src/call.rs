@@ -13,7 +13,7 @@ use crate::shared::{CALLS, current, emit, header, is_target, now, return_offset}
 pub fn enter() {
     let task = current();
     if is_target(task.tgid) {
-        let _ = CALLS.insert(&task.tid, &now(), 0);
+        let _ = CALLS.insert(task.tid, now(), 0);
     }
 }
 
@@ -22,7 +22,7 @@ pub fn enter() {
 pub fn exit(function: Function, ret: i32) {
     let end = now();
     let task = current();
-    let Some(start) = CALLS.get_ptr(&task.tid) else {
+    let Some(start) = CALLS.get_ptr(task.tid) else {
         return;
     };
     // SAFETY: the thread's own entry; nobody else writes or deletes it while the thread is here.
@@ -36,7 +36,7 @@ pub fn exit(function: Function, ret: i32) {
             reserved: 0,
         });
     });
-    let _ = CALLS.remove(&task.tid);
+    let _ = CALLS.remove(task.tid);
 }
 
 /// What a function returned, from the context of a kretprobe.

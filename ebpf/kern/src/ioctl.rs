@@ -69,7 +69,7 @@ pub fn enter(fd: u32, cmd: u32, arg: u64) {
     }
     // A full map (8192 threads inside a KVM ioctl) drops the call; so does the entry of a thread
     // that was killed in one and whose number came back, which is overwritten.
-    let _ = IOCTLS.insert(&task.tid, &call, 0);
+    let _ = IOCTLS.insert(task.tid, call, 0);
 }
 
 /// An ioctl returns, of any process and on any file. `REGISTERS` says whether the program may look
@@ -80,7 +80,7 @@ pub fn exit<const REGISTERS: bool>(ret: i64) {
     if run::exit(task.tid) {
         return;
     }
-    let Some(call) = IOCTLS.get_ptr_mut(&task.tid) else {
+    let Some(call) = IOCTLS.get_ptr_mut(task.tid) else {
         // The call was not seen: it is of no interest, or began before the recording.
         if REGISTERS && is_target(task.tgid) && called() == Some(KVM_RUN) {
             run::exit_unseen(task);
@@ -97,13 +97,13 @@ pub fn exit<const REGISTERS: bool>(ret: i64) {
     emit::<Ioctl>(Kind::Ioctl, |record| {
         record.write(*call);
     });
-    let _ = IOCTLS.remove(&task.tid);
+    let _ = IOCTLS.remove(task.tid);
 }
 
 /// The running thread ends.
 #[inline(always)]
 pub fn thread_exit() {
-    let _ = IOCTLS.remove(&current().tid);
+    let _ = IOCTLS.remove(current().tid);
 }
 
 /// The request number of the call that is returning, from the registers saved at its entry.

@@ -11,7 +11,7 @@ use crate::shared::{RUNS, Task, current, emit, gap_ns, header, is_target, now};
 #[inline(always)]
 pub fn enter(task: Task, fd: u32, time: u64) {
     // A thread that is known belongs to a target: that look-up is for the first call only.
-    let Some(edges) = RUNS.get_ptr_mut(&task.tid) else {
+    let Some(edges) = RUNS.get_ptr_mut(task.tid) else {
         if is_target(task.tgid) {
             first(task, fd, time);
         }
@@ -31,7 +31,7 @@ pub fn enter(task: Task, fd: u32, time: u64) {
 /// The thread `tid` returns from an ioctl. True if that was `KVM_RUN`.
 #[inline(always)]
 pub fn exit(tid: u32) -> bool {
-    let Some(edges) = RUNS.get_ptr_mut(&tid) else {
+    let Some(edges) = RUNS.get_ptr_mut(tid) else {
         return false;
     };
     // SAFETY: as in `enter`.
@@ -59,14 +59,14 @@ pub fn exit_unseen(task: Task) {
         entries: 0,
         entry_due: 0,
     };
-    let _ = RUNS.insert(&task.tid, &edges, 0);
+    let _ = RUNS.insert(task.tid, edges, 0);
 }
 
 /// The running thread enters guest code.
 #[inline(always)]
 pub fn guest_enter() {
     let task = current();
-    let Some(edges) = RUNS.get_ptr_mut(&task.tid) else {
+    let Some(edges) = RUNS.get_ptr_mut(task.tid) else {
         return;
     };
     // SAFETY: as in `enter`.
@@ -82,7 +82,7 @@ pub fn guest_enter() {
 /// The running thread left guest code.
 #[inline(always)]
 pub fn guest_exit() {
-    if let Some(edges) = RUNS.get_ptr_mut(&current().tid) {
+    if let Some(edges) = RUNS.get_ptr_mut(current().tid) {
         // SAFETY: as in `enter`.
         unsafe { (*edges).guest_exit = now() };
     }
@@ -92,12 +92,12 @@ pub fn guest_exit() {
 #[inline(always)]
 pub fn thread_exit() {
     let task = current();
-    let Some(edges) = RUNS.get_ptr(&task.tid) else {
+    let Some(edges) = RUNS.get_ptr(task.tid) else {
         return;
     };
     // SAFETY: as in `enter`.
     report(RunEdge::End, task, now(), unsafe { &*edges });
-    let _ = RUNS.remove(&task.tid);
+    let _ = RUNS.remove(task.tid);
 }
 
 #[inline(always)]
@@ -118,7 +118,7 @@ fn first(task: Task, fd: u32, time: u64) {
     edges.enter = time;
     edges.runs = 1;
     // A full map (8192 vCPU threads) means that this thread's later edges are not seen.
-    let _ = RUNS.insert(&task.tid, &edges, 0);
+    let _ = RUNS.insert(task.tid, edges, 0);
 }
 
 #[inline(always)]

@@ -123,7 +123,7 @@ pub fn current() -> Task {
 /// Whether the loader asked for the process.
 #[inline(always)]
 pub fn is_target(tgid: u32) -> bool {
-    TARGETS.get_ptr(&tgid).is_some()
+    TARGETS.get_ptr(tgid).is_some()
 }
 
 /// `CLOCK_MONOTONIC`, ns.

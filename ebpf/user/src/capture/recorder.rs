@@ -61,7 +61,7 @@ impl Recorder {
     /// Loads and attaches the programs and begins the file at `output`.
     ///
     /// # Errors
-    /// Those of [`Programs::load`]; [`Error::Program`] when an essential source has no way;
+    /// Those of [`Programs::load`]; [`Error::Refused`] when an essential source has no way;
     /// [`Error::Usdt`] without uprobes; [`Error::Recording`].
     pub fn start(
         object: &[u8],

@@ -9,7 +9,7 @@
 //! the kernel saves, so that one program can evaluate the operands of every site.
 //!
 //! The module stands by itself: it uses nothing of the crate around it. Files are hostile input:
-//! what is read of one is bounded, and a bad one is an [`Error`].
+//! what is read of one is bounded, and a bad one is an [`Error`](enum@Error).
 //!
 //! Sources: systemtap's `sys/sdt.h`
 //! (<https://sourceware.org/systemtap/wiki/UserSpaceProbeImplementation>) for the notes,

@@ -13,7 +13,7 @@
 //! | 16–19 | CRC-32C of bytes 0–15 |
 //!
 //! The payload of a `ram` frame is [records of pages](ram); every other payload is a
-//! [message](message), encoded by postcard. In order:
+//! [message], encoded by postcard. In order:
 //!
 //! ```text
 //!   source                                   destination
