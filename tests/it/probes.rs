@@ -80,7 +80,7 @@ fn the_readmes_bpftrace_command_works_as_printed() -> Result<()> {
     let readme = fs::read_to_string(Path::new(env!("CARGO_MANIFEST_DIR")).join("../README.md"))?;
     let block = readme
         .split("```")
-        .find(|block| block.contains("bpftrace -e"));
+        .find(|block| block.contains("bpftrace -p"));
     let command = block
         .and_then(|b| b.split_once('\n'))
         .context("README has no such block")?
