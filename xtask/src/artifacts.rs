@@ -42,6 +42,8 @@ pub(crate) struct Artifacts {
     pub(crate) guest: PathBuf,
     /// One recorded migration of that guest, `blackout-scenario`.
     pub(crate) scenario: PathBuf,
+    /// What measures the ITS and GIC handlers, `bench-its`.
+    pub(crate) bench_its: PathBuf,
 }
 
 impl Artifacts {
@@ -97,6 +99,7 @@ pub(crate) fn build(platform: Platform) -> Result<Artifacts> {
         vmm: program("blackout-vmm")?,
         tool: program("blackout")?,
         scenario: program("blackout-scenario")?,
+        bench_its: program("bench-its")?,
         guest,
     })
 }

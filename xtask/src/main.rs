@@ -1,6 +1,7 @@
 //! The project's own commands, one file per verb: `cargo xtask VERB`.
 
 mod artifacts;
+mod bench;
 mod build;
 mod ci;
 mod command;
@@ -37,6 +38,8 @@ enum Verb {
     Testbed(testbed::Arguments),
     /// Run the tests: units, then integration on this machine and in the testbed.
     Test(test::Arguments),
+    /// Measure what the stop path costs.
+    Bench(bench::Arguments),
     /// Hold the sources against the project's own rules.
     Tidy(tidy::Arguments),
     /// Everything that a change has to pass.
@@ -50,6 +53,7 @@ fn main() -> ExitCode {
         Verb::Demo(arguments) => demo::run(&arguments),
         Verb::Testbed(arguments) => testbed::run(&arguments),
         Verb::Test(arguments) => test::run(&arguments),
+        Verb::Bench(arguments) => bench::run(&arguments),
         Verb::Tidy(arguments) => tidy::run(&arguments),
         Verb::Ci(arguments) => ci::run(&arguments),
     };

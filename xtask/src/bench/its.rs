@@ -1,0 +1,322 @@
+//! `cargo xtask bench its`: what the ITS and GIC handlers add to their ioctls, and what the ioctls
+//! cost, over the number of devices and events that the guest maps.
+//!
+//! `bench-its` measures, with the monitor's own code, in a testbed whose clock counts instructions:
+//! the figures are no hardware's latency, but they repeat to the last digits from boot to boot, on
+//! any machine. The saves are held against those that were measured with another program.
+
+use std::fs;
+use std::path::PathBuf;
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use serde_json::{Value, json};
+
+use super::plot::{self, Series};
+use crate::artifacts::{self, Platform};
+use crate::kernel;
+use crate::paths;
+use crate::setup::{self, Purpose};
+use crate::testbed::{Mode, Testbed};
+
+/// Devices and events of each that are measured. 57,344 events, 4096 × 14, is as many LPIs as there
+/// are; with 4096 × 16 some events share one.
+const SIZES: [(u64, u64); 15] = [
+    (1, 1),
+    (1, 16),
+    (1, 32),
+    (16, 1),
+    (16, 16),
+    (16, 32),
+    (256, 1),
+    (256, 16),
+    (256, 32),
+    (1024, 1),
+    (1024, 16),
+    (1024, 32),
+    (4096, 1),
+    (4096, 14),
+    (4096, 16),
+];
+
+/// What a save took on Linux 6.12, measured with a program of 300 lines that knows nothing but the
+/// ioctls: devices, events of each, instructions.
+const KNOWN_SAVES: [(u64, u64, u64); 5] = [
+    (1, 1, 3_100),
+    (16, 16, 115_800),
+    (256, 16, 1_830_900),
+    (1024, 16, 7_340_000),
+    (4096, 16, 29_400_000),
+];
+
+/// How far from it a save may be.
+const TOLERANCE: f64 = 0.03;
+
+/// What a handler may add to its ioctl, instructions.
+const ADDED_MAX: u64 = 1000;
+
+/// Arguments of `cargo xtask bench its`.
+#[derive(clap::Args)]
+pub(crate) struct Arguments {
+    /// The testbed's kernel. Saves are only known for 6.12.
+    #[arg(long, value_enum, default_value = "6.12")]
+    kernel: kernel::Series,
+    /// Where `its.json` and `its.svg` go.
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
+    /// Stops of each guest.
+    #[arg(long, default_value_t = 9)]
+    stops: u32,
+    /// Machines into which each guest is restored.
+    #[arg(long, default_value_t = 3)]
+    restores: u32,
+    /// vCPUs of the guest.
+    #[arg(long, default_value_t = 1)]
+    cpus: u32,
+    /// Give up after this many seconds.
+    #[arg(long, default_value_t = 1800)]
+    timeout: u64,
+}
+
+/// Runs the benchmark, prints the table, writes the files; 1 when a figure is out of bounds.
+pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
+    setup::ensure(&[Purpose::Build, Purpose::Testbed])?;
+    let points = measure(arguments)?;
+    print(&points);
+    let mut problems = too_much_added(&points);
+    if arguments.kernel == kernel::Series::V6_12 && arguments.cpus == 1 {
+        problems.extend(unlike_known(&points));
+    }
+
+    let out = arguments.out.clone();
+    let out = out.unwrap_or_else(|| paths::target().join("bench"));
+    fs::create_dir_all(&out).with_context(|| format!("cannot create {}", out.display()))?;
+    write_json(arguments, &points, &problems, out.join("its.json"))?;
+    write_plot(&points, out.join("its.svg"))?;
+
+    for problem in &problems {
+        println!("FAIL: {problem}");
+    }
+    Ok(u8::from(!problems.is_empty()))
+}
+
+/// What one size took; see `tests/src/bin/bench-its.rs` for the names.
+struct Point {
+    devices: u64,
+    events: u64,
+    raw: Value,
+}
+
+impl Point {
+    fn parse(line: &str) -> Result<Self> {
+        let raw: Value = serde_json::from_str(line).context("bench-its printed broken JSON")?;
+        let number = |key: &str| {
+            raw[key]
+                .as_u64()
+                .with_context(|| format!("no {key}: {raw}"))
+        };
+        let (devices, events) = (number("devices")?, number("events")?);
+        Ok(Point {
+            devices,
+            events,
+            raw,
+        })
+    }
+
+    /// A figure, by a JSON pointer.
+    fn get(&self, pointer: &str) -> u64 {
+        self.raw
+            .pointer(pointer)
+            .and_then(Value::as_u64)
+            .unwrap_or_default()
+    }
+
+    fn mapped(&self) -> u64 {
+        self.devices * self.events
+    }
+}
+
+fn measure(arguments: &Arguments) -> Result<Vec<Point>> {
+    let artifacts = artifacts::build(Platform::Testbed)?;
+    let kernel = kernel::Kernel::find(arguments.kernel)?;
+    let testbed = Testbed::new(kernel, "bench")
+        .mode(Mode::Counting)
+        .programs(&artifacts)
+        .file(&artifacts.bench_its, "/bin/bench-its");
+    let numbers = [
+        ("--stops", arguments.stops),
+        ("--restores", arguments.restores),
+        ("--cpus", arguments.cpus),
+    ];
+    let mut program = vec!["/bin/bench-its".to_owned()];
+    program.extend(
+        numbers
+            .into_iter()
+            .flat_map(|(key, n)| [key.to_owned(), n.to_string()]),
+    );
+    program.extend(SIZES.map(|(devices, events)| format!("{devices}x{events}")));
+    let program: Vec<_> = program.iter().map(String::as_str).collect();
+
+    eprintln!("booting the testbed, whose clock counts instructions");
+    let mut lines = Vec::new();
+    let timeout = Duration::from_secs(arguments.timeout);
+    let finished = testbed.run(&program, timeout, |line| {
+        if line.starts_with('{') {
+            lines.push(line.to_owned());
+            eprintln!("{} of {} sizes measured", lines.len(), SIZES.len());
+        } else {
+            eprintln!("{line}");
+        }
+    })?;
+    if finished.status != 0 {
+        bail!("bench-its ended with status {}", finished.status);
+    }
+    lines.iter().map(|line| Point::parse(line)).collect()
+}
+
+/// The operations: what they are called, and where their figures are in a [`Point`].
+const SAVE: (&str, &str) = ("ITS save", "/its");
+const PENDING: (&str, &str) = ("GIC pending", "/gicv3");
+
+fn print(points: &[Point]) {
+    println!("instructions (counting mode); first call / median");
+    println!(
+        "{:>7} {:>6}  {:>23} {:>6}  {:>23} {:>6}  {:>25}",
+        "devices", "events", "ITS save ioctl", "added", "GIC pending ioctl", "added", "ITS restore"
+    );
+    for point in points {
+        let pair = |at: &str| {
+            let (first, median) = (format!("{at}/first"), format!("{at}/median"));
+            format!("{:>11} / {:>9}", point.get(&first), point.get(&median))
+        };
+        println!(
+            "{:>7} {:>6}  {} {:>6}  {} {:>6}  {:>25}",
+            point.devices,
+            point.events,
+            pair("/its/ioctl"),
+            point.get("/its/added/median"),
+            pair("/gicv3/ioctl"),
+            point.get("/gicv3/added/median"),
+            pair("/its_restore_tables"),
+        );
+    }
+}
+
+fn too_much_added(points: &[Point]) -> Vec<String> {
+    let mut problems = Vec::new();
+    for point in points {
+        for (name, at) in [SAVE, PENDING] {
+            let added = point.get(&format!("{at}/added/median"));
+            if added >= ADDED_MAX {
+                problems.push(format!(
+                    "{name}, {} x {}: the handler adds {added} instructions, {ADDED_MAX} is too many",
+                    point.devices, point.events
+                ));
+            }
+        }
+    }
+    problems
+}
+
+/// Saves whose ioctl costs something else than it is known to; prints the comparison.
+fn unlike_known(points: &[Point]) -> Vec<String> {
+    let mut problems = Vec::new();
+    println!("ITS save ioctl against what it is known to take:");
+    for (devices, events, known) in KNOWN_SAVES {
+        let found = points
+            .iter()
+            .find(|point| (point.devices, point.events) == (devices, events))
+            .map_or(0, |point| point.get("/its/ioctl/median"));
+        let off = found as f64 / known as f64 - 1.0;
+        let text = format!(
+            "{devices:>7} {events:>6}  {found:>11}, known {known:>10}, {:+.1} %",
+            off * 100.0
+        );
+        println!("{text}");
+        if off.abs() > TOLERANCE {
+            problems.push(format!("ITS save: {}", text.trim_start()));
+        }
+    }
+    problems
+}
+
+fn write_json(
+    arguments: &Arguments,
+    points: &[Point],
+    problems: &[String],
+    file: PathBuf,
+) -> Result<()> {
+    let report = json!({
+        "schema": "blackout.bench-its/1",
+        "unit": "instructions",
+        "kernel": arguments.kernel.to_string(),
+        "points": points.iter().map(|point| &point.raw).collect::<Vec<_>>(),
+        "problems": problems,
+    });
+    fs::write(&file, serde_json::to_vec_pretty(&report)?)
+        .with_context(|| format!("cannot write {}", file.display()))?;
+    println!("figures: {}", file.display());
+    Ok(())
+}
+
+fn write_plot(points: &[Point], file: PathBuf) -> Result<()> {
+    let series = |name: &str, at: &str| Series {
+        name: name.to_owned(),
+        points: points
+            .iter()
+            .map(|point| (point.mapped(), point.get(at)))
+            .collect(),
+    };
+    plot::write(
+        &file,
+        "Instructions of the ITS's part of a blackout",
+        &[
+            series("ITS restore tables", "/its_restore_tables/median"),
+            series("ITS save tables", "/its/ioctl/median"),
+            series("GIC save pending tables", "/gicv3/ioctl/median"),
+            series("added by the ITS handler", "/its/added/median"),
+        ],
+    )?;
+    println!("plot: {}", file.display());
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn point(devices: u64, events: u64, ioctl: u64, added: u64) -> Point {
+        let raw = json!({
+            "devices": devices,
+            "events": events,
+            "its": { "ioctl": { "median": ioctl }, "added": { "median": added } },
+        });
+        Point::parse(&raw.to_string()).unwrap()
+    }
+
+    #[test]
+    fn a_save_may_be_3_percent_off() {
+        let known = |devices, events| {
+            let all = KNOWN_SAVES.iter();
+            let mut all = all.filter(|known| (known.0, known.1) == (devices, events));
+            all.next().unwrap().2
+        };
+        let points = |factor: f64| -> Vec<Point> {
+            let all = KNOWN_SAVES.iter();
+            all.map(|&(d, e, _)| point(d, e, (known(d, e) as f64 * factor) as u64, 0))
+                .collect()
+        };
+        assert_eq!(unlike_known(&points(1.029)).len(), 0);
+        assert_eq!(unlike_known(&points(0.971)).len(), 0);
+        assert_eq!(unlike_known(&points(1.031)).len(), KNOWN_SAVES.len());
+        assert_eq!(unlike_known(&[]).len(), KNOWN_SAVES.len());
+    }
+
+    #[test]
+    fn a_handler_must_add_less_than_the_limit() {
+        let points = [point(1, 1, 0, ADDED_MAX - 1), point(1, 2, 0, ADDED_MAX)];
+        let problems = too_much_added(&points);
+        assert_eq!(problems.len(), 1);
+        assert!(problems[0].contains("1 x 2"));
+    }
+}
