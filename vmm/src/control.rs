@@ -81,7 +81,7 @@ pub fn vm_start(machine: &mut Machine) -> Result<(), Error> {
         machine.run_state().change(state)?;
         machine.handlers.vm_state_notify(true, state)?;
         machine.set_state(state)?;
-        machine.vcpus.resume_all();
+        machine.vcpus.resume_all_vcpus();
         machine.emit(Event::Resume);
         Ok(())
     })

@@ -199,6 +199,10 @@ macro_rules! probe_table {
                 vm_start_begin(state: str = "the run state to go on in")
                 vm_start_end(rc: i64 = "0, or a negative errno")
                 "tell the handlers, let the vCPUs run";
+            span 8 work resume_all_vcpus
+                resume_all_vcpus_begin(n: u64 = "vCPUs to resume")
+                resume_all_vcpus_end(rc: i64 = "0, or a negative errno")
+                "from the wake-up of every vCPU's thread to the first one about to enter the guest";
             point 8 vcpu_first_run(i: u64 = "the vCPU's index")
                 "right before a vCPU's first KVM_RUN; fires on its thread";
             point 8 channel_send(kind: str = "the message", seq: u64 = "counts from 0 in each direction")

@@ -13,7 +13,7 @@ use crate::runstate::Request;
 use pause::{Gate, Want};
 pub use run::Buses;
 
-/// All vCPUs of a machine. They start paused; [`Vcpus::resume_all`] lets them run.
+/// All vCPUs of a machine. They start paused; [`Vcpus::resume_all_vcpus`] lets them run.
 pub struct Vcpus {
     threads: Vec<Thread>,
     gate: Arc<Gate>,
@@ -67,11 +67,6 @@ impl Vcpus {
     /// Whether there is none.
     pub fn is_empty(&self) -> bool {
         self.threads.is_empty()
-    }
-
-    /// Lets every vCPU enter the guest. Returns at once.
-    pub fn resume_all(&self) {
-        self.gate.set(Want::Run);
     }
 }
 

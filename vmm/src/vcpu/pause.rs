@@ -7,17 +7,25 @@
 
 use std::convert::Infallible;
 use std::io;
+use std::sync::atomic::{AtomicU64, Ordering};
 use std::sync::{Condvar, Mutex, MutexGuard, PoisonError};
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 use super::{Thread, Vcpus};
 use crate::probes::{self, Guarded};
 
+/// How long a woken vCPU thread is waited for; one that is not scheduled for longer is on its own.
+const WAKE: Duration = Duration::from_millis(100);
+
+/// How often it is looked for.
+const LOOK: Duration = Duration::from_micros(10);
+
 impl Vcpus {
     /// `[5]` Kicks every vCPU, then waits until each one's thread is out of `KVM_RUN` with its last
-    /// exit complete. From then on nobody holds a vCPU's lock until [`Vcpus::resume_all`].
+    /// exit complete. From then on nobody holds a vCPU's lock until [`Vcpus::resume_all_vcpus`].
     pub fn pause_all_vcpus(&self) {
         let paused: Result<(), Never> =
             probes::pause_all_vcpus(self.threads.len() as u64).run(|_| {
@@ -30,6 +38,17 @@ impl Vcpus {
                 Ok(())
             });
         let Ok(()) = paused;
+    }
+
+    /// Lets every vCPU enter the guest; returns when the first is about to. The span therefore
+    /// shows what the scheduler takes to wake a thread, which is a part of every blackout.
+    pub fn resume_all_vcpus(&self) {
+        let resumed: Result<(), Never> =
+            probes::resume_all_vcpus(self.threads.len() as u64).run(|_| {
+                self.gate.open();
+                Ok(())
+            });
+        let Ok(()) = resumed;
     }
 
     /// When the last vCPU left `KVM_RUN` for the pause that is on, or the one before: the blackout
@@ -59,6 +78,18 @@ pub(super) fn kick(thread: &Thread) {
     let _ = thread.handle.kill(SIGRTMIN());
 }
 
+/// Asks every few microseconds until there is an answer or `limit` has passed.
+fn look_until<T>(limit: Duration, answer: impl Fn() -> Option<T>) -> Option<T> {
+    let deadline = Instant::now() + limit;
+    loop {
+        let now = answer();
+        if now.is_some() || Instant::now() >= deadline {
+            return now;
+        }
+        thread::sleep(LOOK);
+    }
+}
+
 /// The error of what can't fail, for spans that have a result all the same.
 pub(crate) struct Never(Infallible);
 
@@ -85,13 +116,17 @@ pub(super) enum Want {
 pub(super) struct Gate {
     state: Mutex<State>,
     changed: Condvar,
+    /// How often a thread has left the gate. It and `first_run_ns` are looked at now and then, not
+    /// waited for: to wake somebody would cost the vCPU a system call before its first instruction.
+    left: AtomicU64,
+    /// 0 until a vCPU has run.
+    first_run_ns: AtomicU64,
 }
 
 #[derive(Debug, Default)]
 struct State {
     want: Want,
     paused: usize,
-    first_run_ns: Option<u64>,
     last_exit_ns: Option<u64>,
 }
 
@@ -121,7 +156,18 @@ impl Gate {
                 .unwrap_or_else(PoisonError::into_inner);
         }
         state.paused -= 1;
+        self.left.fetch_add(1, Ordering::Relaxed);
         state.want
+    }
+
+    /// Lets every thread run, and waits until the first of them has left the gate: then a vCPU is
+    /// about to enter the guest.
+    fn open(&self) {
+        let before = self.left.load(Ordering::Relaxed);
+        self.set(Want::Run);
+        look_until(WAKE, || {
+            (self.left.load(Ordering::Relaxed) != before).then_some(())
+        });
     }
 
     /// Called by a vCPU thread whose guest can't go on: waits for a pause or the end.
@@ -137,22 +183,22 @@ impl Gate {
 
     /// Called by a vCPU thread about to enter `KVM_RUN` for the first time, at `now_ns`.
     pub(super) fn note_first_run(&self, now_ns: u64) {
-        self.lock().first_run_ns.get_or_insert(now_ns);
-        self.changed.notify_all();
+        let none = 0;
+        // Another vCPU was first: its time stays.
+        let _ =
+            self.first_run_ns
+                .compare_exchange(none, now_ns, Ordering::Relaxed, Ordering::Relaxed);
     }
 
     /// When the first vCPU entered `KVM_RUN`, once that has happened; waits for it up to `limit`.
-    pub(super) fn wait_first_run(&self, limit: Duration) -> Option<u64> {
-        let waiting = |state: &mut State| state.first_run_ns.is_none();
-        let waited = self.changed.wait_timeout_while(self.lock(), limit, waiting);
-        waited
-            .unwrap_or_else(PoisonError::into_inner)
-            .0
-            .first_run_ns
+    fn wait_first_run(&self, limit: Duration) -> Option<u64> {
+        look_until(limit, || {
+            Some(self.first_run_ns.load(Ordering::Relaxed)).filter(|&ns| ns != 0)
+        })
     }
 
     /// When the last vCPU left `KVM_RUN` for a pause.
-    pub(super) fn last_exit_ns(&self) -> Option<u64> {
+    fn last_exit_ns(&self) -> Option<u64> {
         self.lock().last_exit_ns
     }
 
