@@ -9,8 +9,10 @@ use std::fs::File;
 use std::io;
 use std::sync::Arc;
 
+use nix::errno::Errno as Code;
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::unistd::{Whence, lseek};
 use vm_memory::mmap::FromRangesError;
 use vm_memory::{
     Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap,
@@ -53,6 +55,9 @@ pub enum Error {
     /// Pages could not be given back to the kernel.
     #[error("zeroing {1} bytes at guest-physical {0:#x}")]
     Zero(u64, u64, #[source] io::Error),
+    /// The memfd does not say which pages were written.
+    #[error("looking for untouched guest RAM")]
+    Extents(#[source] io::Error),
     /// A slot or its log.
     #[error(transparent)]
     Kvm(#[from] kvm::Error),
@@ -62,7 +67,9 @@ impl Errno for Error {
     fn errno(&self) -> i32 {
         match self {
             Error::Layout { .. } => libc::EINVAL,
-            Error::Memfd(_, source) | Error::Zero(_, _, source) => source.errno(),
+            Error::Memfd(_, source) | Error::Zero(_, _, source) | Error::Extents(source) => {
+                source.errno()
+            }
             Error::Map(_) => libc::ENOMEM,
             Error::Access { .. } => libc::EFAULT,
             Error::Kvm(source) => source.errno(),
@@ -161,13 +168,23 @@ impl GuestRam {
         Ok(runs)
     }
 
-    /// Every page.
-    pub fn all_pages(&self) -> Vec<PageRun> {
-        let run = |slot: &Slot| PageRun {
-            gpa: slot.gpa,
-            pages: slot.size / PAGE_SIZE,
-        };
-        self.slots.iter().map(run).collect()
+    /// Every page, in two lists: those that have memory behind them, and those that were never
+    /// written and read as zeroes. Asking is cheap, while reading the latter would give them memory.
+    ///
+    /// # Errors
+    /// When the memfd does not tell.
+    pub fn written_and_untouched(&self) -> Result<(Vec<PageRun>, Vec<PageRun>), Error> {
+        let (mut written, mut untouched) = (Vec::new(), Vec::new());
+        for region in self.mem.iter() {
+            let gpa = region.start_addr().0;
+            let mut push = |data: bool, offset: u64, end: u64| {
+                let list = if data { &mut written } else { &mut untouched };
+                let (gpa, pages) = (gpa + offset, (end - offset) / PAGE_SIZE);
+                list.extend((pages > 0).then_some(PageRun { gpa, pages }));
+            };
+            extents(region.file_offset(), region.len(), &mut push).map_err(Error::Extents)?;
+        }
+        Ok((written, untouched))
     }
 
     /// Copies `buf.len()` bytes at `gpa` out of RAM.
@@ -241,6 +258,38 @@ fn punch(file: Option<&FileOffset>, offset: u64, len: u64) -> io::Result<()> {
     };
     let flags = FallocateFlags::FALLOC_FL_PUNCH_HOLE | FallocateFlags::FALLOC_FL_KEEP_SIZE;
     Ok(fallocate(file.file(), flags, start, len)?)
+}
+
+/// Takes a region of `len` bytes of the memfd apart: `push` gets each stretch, whether it has memory
+/// behind it, its start and its end.
+fn extents(
+    file: Option<&FileOffset>,
+    len: u64,
+    push: &mut dyn FnMut(bool, u64, u64),
+) -> io::Result<()> {
+    let file = file.ok_or(io::ErrorKind::Unsupported)?;
+    let seek = |offset: u64, whence| -> io::Result<u64> {
+        let from = libc::off_t::try_from(file.start() + offset).map_err(io::Error::other)?;
+        match lseek(file.file(), from, whence) {
+            Ok(found) => Ok((found.unsigned_abs() - file.start()).min(len)),
+            // Nothing of that kind up to the end of the file.
+            Err(Code::ENXIO) => Ok(len),
+            Err(errno) => Err(errno.into()),
+        }
+    };
+    let mut offset = 0;
+    while offset < len {
+        let data = seek(offset, Whence::SeekData)?;
+        push(false, offset, data);
+        let hole = if data < len {
+            seek(data, Whence::SeekHole)?
+        } else {
+            len
+        };
+        push(true, data, hole);
+        offset = hole;
+    }
+    Ok(())
 }
 
 /// Appends the runs of set bits of one slot's bitmap; bits past `pages` are ignored.
@@ -329,6 +378,19 @@ mod tests {
             pages: 2,
         });
         assert_eq!(outside.unwrap_err().errno(), libc::EFAULT);
+    }
+
+    #[test]
+    fn untouched_pages_are_told_from_written_ones() {
+        let ram = GuestRam::new(&[(0, 0x4000), (0x10_0000, 0x2000)]).unwrap();
+        let page = |gpa, pages| PageRun { gpa, pages };
+        let untouched = vec![page(0, 4), page(0x10_0000, 2)];
+        assert_eq!(ram.written_and_untouched().unwrap(), (vec![], untouched));
+        ram.write(0x1ff0, &[1; 32]).unwrap();
+        ram.write(0x10_1000, &[1]).unwrap();
+        let written = vec![page(0x1000, 2), page(0x10_1000, 1)];
+        let untouched = vec![page(0, 1), page(0x3000, 1), page(0x10_0000, 1)];
+        assert_eq!(ram.written_and_untouched().unwrap(), (written, untouched));
     }
 
     #[test]

@@ -157,16 +157,26 @@ impl Link {
     }
 
     /// Sends the pages of a round, never more of them ahead of what the destination has loaded than
-    /// the window allows, and keeps `board` up to date.
+    /// the window allows, and keeps `board` up to date. The pages of `zeroes` are known to be that.
     pub(super) fn send_pages(
         &mut self,
         ram: &GuestRam,
         round: u32,
+        zeroes: &[PageRun],
         runs: &[PageRun],
         board: &Board,
     ) -> Result<Tally, SendError> {
         let mut packer = Packer::new(round);
         let mut sent = Tally::default();
+        for &PageRun { mut gpa, mut pages } in zeroes {
+            while pages > 0 {
+                if packer.is_full() {
+                    sent.add(self.send_packed(&mut packer, board)?);
+                }
+                let added = packer.add_zeroes(PageRun { gpa, pages });
+                (gpa, pages) = (gpa + added * PAGE_SIZE, pages - added);
+            }
+        }
         for run in runs {
             for page in 0..run.pages {
                 if packer.is_full() {

@@ -50,12 +50,13 @@ fn ram_rounds(
     vm.set_dirty_log(true)?;
     board.set_status(MigrationStatus::Active);
     let mut convergence = Convergence::new(parameters.downtime_limit_ns, ram.size());
-    let mut runs = ram.all_pages();
+    // What the guest writes from here on, also to a page that was untouched, is in the dirty log.
+    let (mut runs, mut untouched) = ram.written_and_untouched()?;
     let mut round = 1;
     loop {
         let began = monotonic_ns();
         let sent = probes::ram_round(round.into()).run(|span| {
-            let sent = link.send_pages(&ram, round, &runs, board)?;
+            let sent = link.send_pages(&ram, round, &untouched, &runs, board)?;
             link.finish_round(round, sent)?;
             (span.pages, span.bytes) = (sent.pages, sent.bytes);
             Ok::<_, SendError>(sent)
@@ -63,6 +64,7 @@ fn ram_rounds(
         let took_ns = monotonic_ns().saturating_sub(began);
         link.read_clock()?;
 
+        untouched.clear();
         runs = vm.take_dirty()?;
         let remaining = bytes(&runs);
         let decision = convergence.round(sent.bytes, took_ns, remaining);

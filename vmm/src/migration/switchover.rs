@@ -49,7 +49,7 @@ fn ram_final(
             ram.remaining = bytes(&runs);
             ram.dirty_sync_count += 1;
         });
-        let sent = link.send_pages(&ram, rest.round, &runs, board)?;
+        let sent = link.send_pages(&ram, rest.round, &[], &runs, board)?;
         let checksum = if parameters.verify_ram {
             Some(ram.checksum()?)
         } else {

@@ -113,19 +113,30 @@ impl Packer {
         let page = &mut self.frame[at..at + PAGE];
         ram.read(gpa, page)?;
         if page == [0; PAGE] {
-            self.push(gpa, ZERO);
+            self.push(gpa, ZERO, 1);
             self.tally.zero += 1;
         } else {
-            self.push(gpa, DATA);
+            self.push(gpa, DATA, 1);
             self.len += PAGE;
         }
         self.tally.pages += 1;
         Ok(())
     }
 
-    fn push(&mut self, gpa: u64, content: u32) {
-        let joins =
-            |r: &OpenRecord| r.content == content && r.next_gpa == gpa && r.pages < u32::MAX;
+    /// Adds the first pages of a run that is known to be zeroes, as many as one frame may cover, and
+    /// returns how many. There must be room.
+    pub(crate) fn add_zeroes(&mut self, run: PageRun) -> u64 {
+        let pages = run.pages.min(MAX_ZERO_PAGES);
+        self.push(run.gpa, ZERO, pages as u32);
+        self.tally.zero += pages;
+        self.tally.pages += pages;
+        pages
+    }
+
+    fn push(&mut self, gpa: u64, content: u32, pages: u32) {
+        let joins = |r: &OpenRecord| {
+            r.content == content && r.next_gpa == gpa && r.pages.checked_add(pages).is_some()
+        };
         let mut record = self.record.filter(joins).unwrap_or_else(|| {
             let at = self.len;
             self.frame[at..at + 8].copy_from_slice(&gpa.to_le_bytes());
@@ -138,8 +149,8 @@ impl Packer {
                 next_gpa: gpa,
             }
         });
-        record.pages += 1;
-        record.next_gpa = gpa.wrapping_add(PAGE_SIZE);
+        record.pages += pages;
+        record.next_gpa = gpa.wrapping_add(u64::from(pages) * PAGE_SIZE);
         self.frame[record.at + 8..record.at + 12].copy_from_slice(&record.pages.to_le_bytes());
         self.record = Some(record);
     }
@@ -254,6 +265,37 @@ mod tests {
             .unwrap();
         assert_eq!(load(&destination, &payload).unwrap(), (7, sent));
         assert_eq!(destination.checksum().unwrap(), source.checksum().unwrap());
+    }
+
+    #[test]
+    fn known_zeroes_are_not_looked_at_and_fill_a_frame_by_their_number() {
+        let mut packer = Packer::new(1);
+        let run = PageRun {
+            gpa: BASE,
+            pages: MAX_ZERO_PAGES + 1,
+        };
+        assert_eq!(packer.add_zeroes(run), MAX_ZERO_PAGES);
+        assert!(packer.is_full());
+        packer.clear();
+        let (some, more) = (
+            PageRun {
+                gpa: BASE,
+                pages: 3,
+            },
+            PageRun {
+                gpa: BASE + 3 * PAGE_SIZE,
+                pages: 2,
+            },
+        );
+        packer.add_zeroes(some);
+        packer.add_zeroes(more);
+        let ram = ram();
+        ram.write(BASE, &[1; 6 * PAGE]).unwrap();
+        let (_, loaded) = load(&ram, &packer.frame()[HEADER_LEN..]).unwrap();
+        assert_eq!(loaded.pages, 5);
+        assert_eq!(loaded.bytes, (ROUND_LEN + RECORD_LEN) as u64, "one record");
+        let (written, untouched) = ram.written_and_untouched().unwrap();
+        assert_eq!((written[0].pages, untouched[0].pages), (1, 5));
     }
 
     #[test]
