@@ -39,7 +39,7 @@ fn the_dialogue_is_qemus() -> Result<()> {
 fn the_transcript_is_what_qemu_says() -> Result<()> {
     const QEMU: &str = "qemu-system-x86_64";
     if !Path::new("/usr/bin").join(QEMU).exists() {
-        skip!("{QEMU} is not installed: `cargo xtask setup --for test` does it");
+        skip!("{QEMU} is not installed here");
     }
     let dir = tempfile::tempdir()?;
     let socket = dir.path().join("qmp");
