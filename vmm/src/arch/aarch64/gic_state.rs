@@ -1,4 +1,5 @@
-//! The state of the GICv3: distributor, redistributors, line levels, CPU interfaces.
+//! The state of the GICv3: distributor, redistributors, line levels. The CPU interfaces are in
+//! `cpu_interface.rs`.
 //!
 //! Each access locks every vCPU, so a register costs a stop more the more vCPUs there are: none is
 //! read that KVM keeps nothing behind (`GICD_STATUSR`, `GICR_STATUSR`, `GICR_WAKER`, `IGRPMODR`,
@@ -9,15 +10,15 @@ use std::ffi::CStr;
 use std::sync::Arc;
 
 use kvm_bindings::{
-    KVM_DEV_ARM_VGIC_GRP_CPU_SYSREGS, KVM_DEV_ARM_VGIC_GRP_DIST_REGS,
-    KVM_DEV_ARM_VGIC_GRP_LEVEL_INFO, KVM_DEV_ARM_VGIC_GRP_REDIST_REGS,
-    KVM_DEV_ARM_VGIC_LINE_LEVEL_INFO_SHIFT, KVM_DEV_ARM_VGIC_V3_MPIDR_SHIFT,
-    VGIC_LEVEL_INFO_LINE_LEVEL,
+    KVM_DEV_ARM_VGIC_GRP_DIST_REGS, KVM_DEV_ARM_VGIC_GRP_LEVEL_INFO,
+    KVM_DEV_ARM_VGIC_GRP_REDIST_REGS, KVM_DEV_ARM_VGIC_LINE_LEVEL_INFO_SHIFT,
+    KVM_DEV_ARM_VGIC_V3_MPIDR_SHIFT, VGIC_LEVEL_INFO_LINE_LEVEL,
 };
 use serde::{Deserialize, Serialize};
 
+use super::cpu_interface::Interface;
 use super::layout::IRQS;
-use super::registers::{MPIDR_EL1, sysreg};
+use super::registers::MPIDR_EL1;
 use crate::devices::{DeviceState, StateError, decode, encode};
 use crate::kvm::{self, Device, Vcpu};
 use crate::probes::{self, Guarded};
@@ -49,27 +50,6 @@ mod gicr {
     pub(super) const CTLR: u64 = 0x0;
     pub(super) const PROPBASER: [u64; 2] = [0x70, 0x74];
     pub(super) const PENDBASER: [u64; 2] = [0x78, 0x7c];
-}
-
-/// Encodings of the CPU interface's registers.
-mod icc {
-    use super::sysreg;
-
-    pub(super) const PMR: u64 = sysreg(3, 0, 4, 6, 0);
-    pub(super) const BPR0: u64 = sysreg(3, 0, 12, 8, 3);
-    pub(super) const BPR1: u64 = sysreg(3, 0, 12, 12, 3);
-    pub(super) const CTLR: u64 = sysreg(3, 0, 12, 12, 4);
-    pub(super) const SRE: u64 = sysreg(3, 0, 12, 12, 5);
-    pub(super) const IGRPEN0: u64 = sysreg(3, 0, 12, 12, 6);
-    pub(super) const IGRPEN1: u64 = sysreg(3, 0, 12, 12, 7);
-
-    pub(super) const fn ap0r(n: u64) -> u64 {
-        sysreg(3, 0, 12, 8, 4 + n)
-    }
-
-    pub(super) const fn ap1r(n: u64) -> u64 {
-        sysreg(3, 0, 12, 9, n)
-    }
 }
 
 /// A vCPU's affinity, as the upper half of a device attribute names it: Aff3 to Aff0, 8 bits each.
@@ -107,21 +87,6 @@ struct Redistributor {
     /// What [`private`] lists, in its order.
     private: Vec<u32>,
     interface: Interface,
-}
-
-/// The registers of a vCPU's CPU interface.
-#[derive(Debug, Serialize, Deserialize)]
-struct Interface {
-    sre: u64,
-    ctlr: u64,
-    igrpen0: u64,
-    igrpen1: u64,
-    pmr: u64,
-    bpr0: u64,
-    bpr1: u64,
-    /// As many as the priority bits of `ctlr` ask for.
-    ap0r: Vec<u64>,
-    ap1r: Vec<u64>,
 }
 
 /// One 32-bit access.
@@ -170,7 +135,7 @@ impl DeviceState for GicState {
         }
         self.set_all(shared(), &state.shared)?;
         for (&affinity, redistributor) in self.affinities.iter().zip(&state.redistributors) {
-            self.load_interface(affinity, &redistributor.interface)?;
+            redistributor.interface.load(&self.device, affinity)?;
         }
         Ok(())
     }
@@ -192,32 +157,7 @@ impl GicState {
             pendbaser: both(gicr::PENDBASER)?,
             ctlr: self.get(in_redistributor(affinity, gicr::CTLR))?,
             private: self.get_all(private(affinity))?,
-            interface: self.save_interface(affinity)?,
-        })
-    }
-
-    fn save_interface(&self, affinity: u64) -> Result<Interface, kvm::Error> {
-        let get = |encoding| {
-            let attr = affinity | encoding;
-            self.device.get(KVM_DEV_ARM_VGIC_GRP_CPU_SYSREGS, attr)
-        };
-        let ctlr = get(icc::CTLR)?;
-        let active = 0..active_priorities(ctlr);
-        Ok(Interface {
-            sre: get(icc::SRE)?,
-            ctlr,
-            igrpen0: get(icc::IGRPEN0)?,
-            igrpen1: get(icc::IGRPEN1)?,
-            pmr: get(icc::PMR)?,
-            bpr0: get(icc::BPR0)?,
-            bpr1: get(icc::BPR1)?,
-            ap0r: active
-                .clone()
-                .map(|n| get(icc::ap0r(n)))
-                .collect::<Result<_, _>>()?,
-            ap1r: active
-                .map(|n| get(icc::ap1r(n)))
-                .collect::<Result<_, _>>()?,
+            interface: Interface::save(&self.device, affinity)?,
         })
     }
 
@@ -236,28 +176,6 @@ impl GicState {
             return enable();
         }
         probes::gic_restore_pending_tables().run(|_| enable())
-    }
-
-    fn load_interface(&self, affinity: u64, state: &Interface) -> Result<(), kvm::Error> {
-        let set = |encoding, value: u64| {
-            let attr = affinity | encoding;
-            self.device
-                .set(KVM_DEV_ARM_VGIC_GRP_CPU_SYSREGS, attr, value)
-        };
-        set(icc::SRE, state.sre)?;
-        set(icc::CTLR, state.ctlr)?;
-        set(icc::IGRPEN0, state.igrpen0)?;
-        set(icc::IGRPEN1, state.igrpen1)?;
-        set(icc::PMR, state.pmr)?;
-        set(icc::BPR0, state.bpr0)?;
-        set(icc::BPR1, state.bpr1)?;
-        for (n, &value) in (0..).zip(&state.ap0r) {
-            set(icc::ap0r(n), value)?;
-        }
-        for (n, &value) in (0..).zip(&state.ap1r) {
-            set(icc::ap1r(n), value)?;
-        }
-        Ok(())
     }
 
     fn get(&self, access: Access) -> Result<u32, kvm::Error> {
@@ -345,16 +263,6 @@ fn shared() -> impl Iterator<Item = Access> {
         .chain(words(gicd::IPRIORITYR, 8))
 }
 
-/// How many `ICC_AP<n>R` registers a CPU interface has, by the priority bits in its `ICC_CTLR`:
-/// one for 5 bits, two for 6, four for 7.
-fn active_priorities(ctlr: u64) -> u64 {
-    match (ctlr >> 8 & 7) + 1 {
-        7.. => 4,
-        6 => 2,
-        _ => 1,
-    }
-}
-
 /// Whether a state that came from outside has what this GIC has.
 fn check(state: &State, vcpus: usize) -> Result<(), StateError> {
     let invalid = |text| Err(StateError::Invalid(text));
@@ -373,11 +281,7 @@ fn check(state: &State, vcpus: usize) -> Result<(), StateError> {
         ));
     }
     let complete = |redistributor: &Redistributor| {
-        let interface = &redistributor.interface;
-        let active = active_priorities(interface.ctlr);
-        redistributor.private.len() == private(0).count()
-            && interface.ap0r.len() as u64 == active
-            && interface.ap1r.len() as u64 == active
+        redistributor.private.len() == private(0).count() && redistributor.interface.is_complete()
     };
     if state.shared.len() != shared().count() || !redistributors.iter().all(complete) {
         return invalid("a GIC with other registers than this one has".into());
@@ -395,17 +299,7 @@ mod tests {
             pendbaser: [0; 2],
             ctlr: 0,
             private: vec![0; private(0).count()],
-            interface: Interface {
-                sre: 7,
-                ctlr: 4 << 8,
-                igrpen0: 0,
-                igrpen1: 0,
-                pmr: 0,
-                bpr0: 0,
-                bpr1: 0,
-                ap0r: vec![0],
-                ap1r: vec![0],
-            },
+            interface: Interface::default(),
         };
         State {
             irqs: IRQS,
@@ -446,9 +340,6 @@ mod tests {
         let mut short = state(1);
         short.shared.pop();
         assert!(check(&short, 1).is_err());
-        let mut doubled = state(1);
-        doubled.redistributors[0].interface.ap0r.push(0);
-        assert!(check(&doubled, 1).is_err());
         let mut other = state(1);
         other.irqs += 32;
         assert!(check(&other, 1).is_err());
@@ -457,11 +348,5 @@ mod tests {
     #[test]
     fn affinities_are_packed_into_four_bytes() {
         assert_eq!(pack_affinity(0x12_8034_5678), 0x1234_5678 << 32);
-    }
-
-    #[test]
-    fn more_priority_bits_have_more_active_priority_registers() {
-        let registers = |bits: u64| active_priorities((bits - 1) << 8);
-        assert_eq!([5, 6, 7].map(registers), [1, 2, 4]);
     }
 }

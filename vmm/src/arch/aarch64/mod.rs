@@ -1,9 +1,10 @@
 //! The arm64 board: GICv3 with one ITS, vCPUs under PSCI, the virtual counter.
 //!
 //! `[7]` is `its.rs`, `[7b]` `gic.rs`. What a migration saves and loads of them is there and in
-//! `gic_state.rs`; the order is that of `Documentation/virt/kvm/devices/arm-vgic{-v3,-its}.rst`.
+//! `gic_state.rs` and `cpu_interface.rs`; the order is that of `Documentation/virt/kvm/devices/arm-vgic{-v3,-its}.rst`.
 
 mod boot;
+mod cpu_interface;
 mod fdt;
 mod gic;
 mod gic_state;
