@@ -88,11 +88,19 @@ impl Vm {
             .map_err(|e| Error::new("KVM_SET_CLOCK", format!("{clock} ns"), e))
     }
 
-    /// `KVM_GET_SUPPORTED_CPUID`: what this host and its KVM can give a guest.
+    /// `KVM_GET_SUPPORTED_CPUID`: what this host and its KVM can give a guest. The local APIC's
+    /// deadline timer, which older kernels only report as a capability, is among it.
     pub fn supported_cpuid(&self) -> Result<Vec<kvm_cpuid_entry2>> {
+        const ECX_TSC_DEADLINE: u32 = 1 << 24;
         let cpuid = self.kvm.get_supported_cpuid(KVM_MAX_CPUID_ENTRIES);
         let cpuid = cpuid.map_err(|e| Error::new("KVM_GET_SUPPORTED_CPUID", "", e))?;
-        Ok(cpuid.as_slice().to_vec())
+        let mut entries = cpuid.as_slice().to_vec();
+        if self.check_extension(Cap::TscDeadlineTimer) > 0 {
+            for features in entries.iter_mut().filter(|entry| entry.function == 1) {
+                features.ecx |= ECX_TSC_DEADLINE;
+            }
+        }
+        Ok(entries)
     }
 
     /// `KVM_GET_MSR_INDEX_LIST`: the MSRs that make up a guest's state. A vCPU may lack some; see
