@@ -87,3 +87,94 @@ fn sample(point: &Point) -> Option<(u64, i64)> {
         i64::try_from(offset).ok()?,
     ))
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::analysis::spans::{Event, Meaning, pair};
+    use crate::recording::{
+        ArgDef, ClockAnchor, Header, ProbeDef, Reader, Value, ValueKind, Writer,
+    };
+
+    fn host(name: &str, boot_ns: u64) -> Loaded {
+        let clock = ClockAnchor {
+            monotonic_ns: 7,
+            realtime_ns: boot_ns + 7,
+            tai_offset_ns: 0,
+        };
+        let header = Header {
+            boot_id: name.into(),
+            clock,
+            ..Header::default()
+        };
+        let bytes = Writer::new(name.into(), Vec::new(), header)
+            .unwrap()
+            .finish(9)
+            .unwrap();
+        Loaded::read(
+            name.into(),
+            Reader::new(name.into(), bytes.as_slice()).unwrap(),
+        )
+        .unwrap()
+    }
+
+    fn samples(samples: &[[u64; 4]]) -> Vec<Point> {
+        let arg = |name: &str| ArgDef {
+            name: name.into(),
+            kind: ValueKind::U64,
+        };
+        let args = ["t1", "t2", "t3", "t4"].map(arg).to_vec();
+        let def = ProbeDef {
+            id: 0,
+            provider: "vmm".into(),
+            name: "clock_sample".into(),
+            args,
+        };
+        let meaning = std::sync::Arc::new(Meaning::of(&def));
+        let event = |sample: &[u64; 4]| {
+            let values = sample.map(Value::U64).to_vec();
+            Event {
+                ts_ns: 0,
+                meaning: meaning.clone(),
+                values,
+            }
+        };
+        pair(samples.iter().map(event).collect()).points
+    }
+
+    #[test]
+    fn one_boot_is_one_clock() {
+        let points = samples(&[[0, 100, 100, 10]]);
+        assert_eq!(
+            relate(&host("a", 0), &host("a", 5), points.iter()),
+            Clock::SAME
+        );
+    }
+
+    #[test]
+    fn the_shortest_exchange_counts_and_bounds_the_error() {
+        // The destination shows 1,000 more; the second exchange is quicker, and one-sided.
+        let points = samples(&[
+            [0, 1_050, 1_060, 100],
+            [200, 1_209, 1_210, 211],
+            [300, 1, 0, 400],
+        ]);
+        let clock = relate(&host("a", 0), &host("b", 0), points.iter());
+        assert_eq!((clock.offset_ns, clock.error_ns), (1_004, Some(5)));
+        assert!(clock.offset_ns.abs_diff(1_000) <= clock.error_ns.unwrap());
+        assert_eq!(clock.basis, Basis::Samples);
+    }
+
+    #[test]
+    fn without_a_sample_the_wall_clocks_are_all_there_is() {
+        let points = samples(&[[u64::MAX, 0, u64::MAX, 0]]);
+        let clock = relate(&host("a", 900), &host("b", 400), points.iter());
+        // The host that booted later shows less.
+        let expected = Clock {
+            offset_ns: 500,
+            error_ns: None,
+            basis: Basis::WallClock,
+        };
+        assert_eq!(clock, expected);
+    }
+}

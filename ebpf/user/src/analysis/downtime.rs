@@ -9,6 +9,9 @@
 //!   side explains nothing, and neither does one that is the migration itself.
 //! * **gap**: what is left, each with its place.
 
+#[cfg(test)]
+mod tests;
+
 use super::describe;
 use super::party::{Party, Placed, Side, Vcpu};
 use super::spans::Span;
@@ -216,28 +219,21 @@ fn entry(vcpu: &Vcpu, stop_ns: i64) -> Option<i64> {
 
 /// When each vCPU of the source left guest code for the last time before `end_ns`.
 fn exits(source: &Party<'_>, stop_ns: i64, end_ns: i64) -> Vec<(Option<u64>, i64)> {
-    let exit = |vcpu: &Vcpu| {
-        let paused = vcpu
-            .paused
-            .iter()
-            .copied()
-            .find(|paused| *paused >= stop_ns);
-        let until = paused.unwrap_or(end_ns);
-        let last = vcpu.last_exit.filter(|exit| *exit <= until);
-        let gaps = vcpu
-            .gaps
-            .iter()
-            .filter(|(exit, enter)| *exit <= until && until <= *enter);
-        last.into_iter()
-            .chain(gaps.map(|(exit, _)| *exit))
-            .max()
-            .or(paused)
-    };
-    source
-        .vcpus
-        .iter()
-        .filter_map(|vcpu| Some((vcpu.index, exit(vcpu)?)))
+    let vcpus = source.vcpus.iter();
+    vcpus
+        .filter_map(|vcpu| Some((vcpu.index, exit(vcpu, stop_ns, end_ns)?)))
         .collect()
+}
+
+/// As with [`entry`], the probe tells which edge of the ioctl it was: here the one before it.
+fn exit(vcpu: &Vcpu, stop_ns: i64, end_ns: i64) -> Option<i64> {
+    let paused = vcpu.paused.iter().copied().find(|at| *at >= stop_ns);
+    let until = paused.unwrap_or(end_ns);
+    let last = vcpu.last_exit.filter(|exit| *exit <= until);
+    let gaps = vcpu.gaps.iter();
+    let around = gaps.filter(|(exit, enter)| *exit <= until && until <= *enter);
+    let exits = last.into_iter().chain(around.map(|(exit, _)| *exit));
+    exits.max().or(paused)
 }
 
 /// Something that explains a part of the downtime.

@@ -3,6 +3,9 @@
 //! A thread's spans nest: an end closes the innermost open span of its name. What breaks the rule
 //! (a lost event, a killed process, a probe without its twin) is kept and said, never hidden.
 
+#[cfg(test)]
+mod tests;
+
 use std::sync::Arc;
 
 use blackout_abi::probes::{self, Edge};
