@@ -1,10 +1,10 @@
-//! Every kind of operand on both architectures, and notes in whole files.
+//! Every kind of operand on both architectures.
 
 use std::collections::HashMap;
 
-use super::elf::Machine::{self, Aarch64, X86_64};
-use super::operand::{Surroundings, parse_args};
-use super::{Arg, Operand};
+use super::super::elf::Machine::{self, Aarch64, X86_64};
+use super::super::operand::{Surroundings, parse_args};
+use super::super::{Arg, Operand};
 
 const PC: u64 = 0x4000;
 

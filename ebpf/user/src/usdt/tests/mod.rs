@@ -1,0 +1,4 @@
+//! What needs neither root nor a kernel: operands, and files good and bad.
+
+mod files;
+mod operands;
