@@ -162,7 +162,16 @@ fn why(error: &ProgramError) -> String {
             None => io_error.to_string(),
         };
     }
+    // The kernel's own number for "not supported", of which a C library knows no text.
     chain(error)
+        .replace(
+            "No error information (os error 524)",
+            "not supported (ENOTSUPP)",
+        )
+        .replace(
+            "Unknown error 524 (os error 524)",
+            "not supported (ENOTSUPP)",
+        )
 }
 
 /// An error and its causes in one line. aya's repeat their causes at places.
