@@ -9,7 +9,7 @@ use serde::Serialize;
 use super::Outcome;
 use crate::capture::sites::{Pattern, arguments};
 use crate::recording::{ArgDef, ValueKind};
-use crate::usdt::{Arg, Binary, Operand, Site};
+use crate::usdt::{Arg, Binary, Dangling, Operand, Site};
 
 /// List the USDT probes of a program or process, with their arguments
 #[derive(Debug, clap::Args)]
@@ -44,6 +44,16 @@ pub(super) struct Args {
 struct Listing {
     schema: &'static str,
     probes: Vec<Probe>,
+    /// Notes whose probes the linker dropped.
+    dangling: Vec<Note>,
+}
+
+/// A note without a probe.
+#[derive(Serialize)]
+struct Note {
+    provider: String,
+    name: String,
+    why: &'static str,
 }
 
 /// One site.
@@ -76,28 +86,42 @@ pub(super) fn run(args: &Args) -> anyhow::Result<Outcome> {
         (None, None) => bail!("give a FILE, or --pid PID"),
     };
     let binary = Binary::open(&path)?;
-    let chosen = |site: &&Site| {
-        let matches = |pattern: &Pattern| pattern.matches(&site.provider, &site.name);
+    let chosen = |provider: &str, name: &str| {
+        let matches = |pattern: &Pattern| pattern.matches(provider, name);
         args.probes.is_empty() || args.probes.iter().any(matches)
     };
-    let probes: Vec<_> = binary
+    let sites = binary
         .sites
         .iter()
-        .filter(chosen)
-        .map(Probe::from)
-        .collect();
+        .filter(|site| chosen(&site.provider, &site.name));
+    let probes: Vec<_> = sites.map(Probe::from).collect();
+    let dangling = binary
+        .dangling
+        .into_iter()
+        .filter(|note| chosen(&note.provider, &note.name));
+    let dangling: Vec<_> = dangling.map(Note::from).collect();
     let mut out = io::stdout().lock();
     if args.json {
         let listing = Listing {
             schema: "blackout.probes/1",
             probes,
+            dangling,
         };
         serde_json::to_writer_pretty(&mut out, &listing)?;
         writeln!(out)?;
-    } else if probes.is_empty() {
+        return Ok(Outcome::Done);
+    }
+    if probes.is_empty() {
         eprintln!("blackout: {} has no such probes", path.display());
-    } else {
-        print(&mut out, &probes, args.verbose)?;
+    }
+    print(&mut out, &probes, args.verbose)?;
+    for Note {
+        provider,
+        name,
+        why,
+    } in &dangling
+    {
+        eprintln!("blackout: {provider}:{name} cannot be attached: {why}");
     }
     Ok(Outcome::Done)
 }
@@ -151,6 +175,21 @@ fn kind(kind: ValueKind) -> &'static str {
         ValueKind::U64 => "u64",
         ValueKind::I64 => "i64",
         ValueKind::Str => "str",
+    }
+}
+
+impl From<Dangling> for Note {
+    fn from(note: Dangling) -> Self {
+        let Dangling {
+            provider,
+            name,
+            why,
+        } = note;
+        Self {
+            provider,
+            name,
+            why,
+        }
     }
 }
 

@@ -31,7 +31,7 @@ use thiserror::Error;
 
 pub use attach::{Attachment, Point, Uprobes};
 pub use elf::Machine;
-pub use note::{Binary, Site};
+pub use note::{Binary, Dangling, Site};
 pub use operand::{Arg, Operand};
 
 /// Why probes could not be read or attached.

@@ -27,6 +27,20 @@ pub struct Binary {
     /// Its probe sites, in the order of the notes. A probe that the compiler copied, by inlining
     /// for one, has several.
     pub sites: Vec<Site>,
+    /// Notes whose probe is not in the file: they cannot be attached. Linkers that drop a function
+    /// (`--gc-sections`) leave the notes of its probes behind, pointing nowhere.
+    pub dangling: Vec<Dangling>,
+}
+
+/// A note without a probe.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Dangling {
+    /// The note's provider.
+    pub provider: String,
+    /// The note's name.
+    pub name: String,
+    /// Where it points instead.
+    pub why: &'static str,
 }
 
 /// One place in the code where a probe is.
@@ -74,10 +88,24 @@ impl Binary {
             .flat_map(|note| symbols_in(elf.machine, &note.args))
             .collect();
         let symbols = elf.symbols(&wanted)?;
-        let sites = notes.iter().map(|note| note.site(&elf, base, &symbols));
+        let (mut sites, mut dangling) = (Vec::new(), Vec::new());
+        for note in notes {
+            match note.site(&elf, base, &symbols) {
+                Ok(site) => sites.push(site),
+                Err(why) => {
+                    let Note { provider, name, .. } = note;
+                    dangling.push(Dangling {
+                        provider,
+                        name,
+                        why,
+                    });
+                }
+            }
+        }
         Ok(Self {
             machine: elf.machine,
-            sites: sites.collect::<Result<_, _>>()?,
+            sites,
+            dangling,
         })
     }
 }
@@ -119,7 +147,7 @@ impl Note {
         elf: &Elf,
         base: Option<u64>,
         symbols: &HashMap<String, u64>,
-    ) -> Result<Site, Error> {
+    ) -> Result<Site, &'static str> {
         // Where the file was moved to after it was linked, as two's complement.
         let moved = base.map_or(0, |base| base.wrapping_sub(self.base));
         let pc = self.pc.wrapping_add(moved);
@@ -132,7 +160,7 @@ impl Note {
             0 => None,
             address => {
                 let offset = elf.data_offset(address.wrapping_add(moved));
-                Some(offset.ok_or_else(|| elf.damaged("probe note (semaphore outside the file)"))?)
+                Some(offset.ok_or("its semaphore is not in the file")?)
             }
         };
         Ok(Site {
@@ -141,7 +169,7 @@ impl Note {
             args: parse_args(elf.machine, &self.args, &around),
             offset: elf
                 .code_offset(pc)
-                .ok_or_else(|| elf.damaged("probe note (address outside the code)"))?,
+                .ok_or("its address is not in the code")?,
             semaphore,
             semaphore_hazard: semaphore.is_some_and(|offset| elf.is_mapped_twice(offset)),
         })
