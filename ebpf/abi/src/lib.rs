@@ -10,4 +10,4 @@ pub mod event;
 pub mod guest;
 pub mod probes;
 
-pub use probes::{Arg, ArgKind, Edge, PROBES, PROVIDER, Probe, SPANS, Span};
+pub use probes::{Arg, ArgKind, Edge, Nature, PROBES, PROVIDER, Probe, SPANS, Span};

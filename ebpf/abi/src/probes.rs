@@ -61,6 +61,18 @@ pub struct Probe {
     pub doc: &'static str,
 }
 
+/// What a span's own time is spent on, and so whether it explains a downtime.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Nature {
+    /// A layer of the call path that only calls what is inside it. Time that nothing inside it
+    /// takes is not explained by it.
+    Layer,
+    /// Work, with or without finer spans inside: it explains all its time.
+    Work,
+    /// Waiting for the other side, which explains nothing.
+    Wait,
+}
+
 /// One span of the table: a pair of probes on one thread, properly nested.
 #[derive(Clone, Copy, Debug)]
 pub struct Span {
@@ -68,9 +80,8 @@ pub struct Span {
     pub name: &'static str,
     /// The hop of the stop path, 1 to 7; 8 is what follows the stop.
     pub hop: u8,
-    /// Whether the span is time spent waiting for the other side. A wait explains nothing, so it
-    /// does not count as explained downtime.
-    pub wait: bool,
+    /// What its time is spent on.
+    pub nature: Nature,
     /// Arguments of the begin probe.
     pub begin: &'static [Arg],
     /// Arguments of the end probe.
@@ -80,22 +91,22 @@ pub struct Span {
 }
 
 /// Hands the whole table to the macro `$callback`, as rows of
-/// `span HOP WAIT name begin_probe(arg: kind = "doc", …) end_probe(arg: kind = "doc", …) "doc";` and
-/// `point HOP name(arg: kind = "doc", …) "doc";`. Kinds are `u64`, `i64` and `str`; `WAIT` is
-/// `wait` or `work`.
+/// `span HOP NATURE name begin_probe(arg: kind = "doc", …) end_probe(arg: kind = "doc", …) "doc";` and
+/// `point HOP name(arg: kind = "doc", …) "doc";`. Kinds are `u64`, `i64` and `str`; `NATURE`
+/// is `layer`, `work` or `wait`.
 #[macro_export]
 macro_rules! probe_table {
     ($callback:ident) => {
         $callback! {
-            span 1 work qmp_command
+            span 1 layer qmp_command
                 qmp_command_begin(name: str = "the QMP verb")
                 qmp_command_end(rc: i64 = "0, or a negative errno")
                 "one QMP command, from parsed to answered";
-            span 1 work migrate
+            span 1 layer migrate
                 migrate_begin(id: u64 = "the migration's id, the same on both sides", uri: str = "where to", mode: str = "normal, or the name of another mode")
                 migrate_end(status: str = "completed, failed or cancelled", rc: i64 = "0, or a negative errno")
                 "a whole outgoing migration, source side";
-            span 1 work migrate_incoming
+            span 1 layer migrate_incoming
                 migrate_incoming_begin(uri: str = "where it listens")
                 migrate_incoming_end(id: u64 = "the migration's id, the same on both sides", status: str = "completed or failed", rc: i64 = "0, or a negative errno")
                 "a whole incoming migration, destination side, from the accepted connection";
@@ -103,7 +114,7 @@ macro_rules! probe_table {
                 migration_connect_begin(uri: str = "where to")
                 migration_connect_end(rc: i64 = "0, or a negative errno")
                 "connect and agree on the stream's header";
-            span 2 work migration_thread
+            span 2 layer migration_thread
                 migration_thread_begin(id: u64 = "the migration's id")
                 migration_thread_end(rc: i64 = "0, or a negative errno")
                 "RAM rounds, stop and switchover: all that follows the connection";
@@ -115,7 +126,7 @@ macro_rules! probe_table {
                 ram_load_begin(round: u64 = "counts from 1; the last is the one after the stop")
                 ram_load_end(pages: u64 = "pages loaded", bytes: u64 = "bytes loaded", rc: i64 = "0, or a negative errno")
                 "one round of RAM, destination side, from its first frame to its last";
-            span 3 work migration_stop_vm
+            span 3 layer migration_stop_vm
                 migration_stop_vm_begin(state: str = "the run state that the stop is for")
                 migration_stop_vm_end(rc: i64 = "0, or a negative errno")
                 "the stop for a switchover; its entry starts the downtime";
@@ -123,11 +134,11 @@ macro_rules! probe_table {
                 "the downtime's clock starts, on the source";
             point 3 downtime_end(id: u64 = "the migration's id", ns: u64 = "the downtime as the source saw it, ns")
                 "the source knows that the destination runs";
-            span 4 work vm_stop
+            span 4 layer vm_stop
                 vm_stop_begin(state: str = "the run state that the stop is for", from_vcpu: u64 = "1 when a vCPU thread asked for it")
                 vm_stop_end(rc: i64 = "0, or a negative errno")
                 "a stop for whatever reason";
-            span 5 work do_vm_stop
+            span 5 layer do_vm_stop
                 do_vm_stop_begin(state: str = "the run state that the stop is for")
                 do_vm_stop_end(rc: i64 = "0, or a negative errno")
                 "pause the vCPUs, tell the handlers, drain";
@@ -143,7 +154,7 @@ macro_rules! probe_table {
                 drain_begin()
                 drain_end(rc: i64 = "0, or a negative errno")
                 "wait for the I/O that is under way";
-            span 6 work vm_state_notify
+            span 6 layer vm_state_notify
                 vm_state_notify_begin(running: u64 = "1 on a start, 0 on a stop", state: str = "the new run state", handlers: u64 = "handlers on the list")
                 vm_state_notify_end(rc: i64 = "the first handler's error, or 0")
                 "walk the handlers: forward on a start, in reverse on a stop";
@@ -195,7 +206,15 @@ macro_rules! probe_table {
                 switchover_begin(id: u64 = "the migration's id")
                 switchover_end(rc: i64 = "0, or a negative errno")
                 "everything is sent: wait for `loaded`, commit, wait for `running`; on the destination, from `loaded` sent to `commit` received";
-            span 8 work vm_start
+            span 8 work migration_verify
+                migration_verify_begin(id: u64 = "the migration's id")
+                migration_verify_end(rc: i64 = "0, or a negative errno")
+                "destination: everything has arrived and is checked; ends when `loaded` is sent";
+            span 8 work migration_commit
+                migration_commit_begin(id: u64 = "the migration's id")
+                migration_commit_end(rc: i64 = "0, or a negative errno")
+                "source: `loaded` has arrived, the guest is given up; ends when `commit` is sent";
+            span 8 layer vm_start
                 vm_start_begin(state: str = "the run state to go on in")
                 vm_start_end(rc: i64 = "0, or a negative errno")
                 "tell the handlers, let the vCPUs run";
@@ -235,12 +254,15 @@ macro_rules! args {
     };
 }
 
-macro_rules! wait {
-    (wait) => {
-        true
+macro_rules! nature {
+    (layer) => {
+        Nature::Layer
     };
     (work) => {
-        false
+        Nature::Work
+    };
+    (wait) => {
+        Nature::Wait
     };
 }
 
@@ -253,14 +275,14 @@ macro_rules! tables {
         pub const SPANS: &[Span] = &[$($spans)*];
     };
     (@rows [$($probes:tt)*] [$($spans:tt)*]
-        span $hop:literal $wait:ident $row:ident $begin:ident($($b:tt)*) $end:ident($($e:tt)*) $doc:literal; $($rest:tt)*
+        span $hop:literal $nature:ident $row:ident $begin:ident($($b:tt)*) $end:ident($($e:tt)*) $doc:literal; $($rest:tt)*
     ) => {
         tables! { @rows
             [$($probes)*
              Probe { name: stringify!($begin), row: stringify!($row), edge: Edge::Begin, hop: $hop, args: args!($($b)*), doc: $doc },
              Probe { name: stringify!($end), row: stringify!($row), edge: Edge::End, hop: $hop, args: args!($($e)*), doc: $doc },]
             [$($spans)*
-             Span { name: stringify!($row), hop: $hop, wait: wait!($wait), begin: args!($($b)*), end: args!($($e)*), doc: $doc },]
+             Span { name: stringify!($row), hop: $hop, nature: nature!($nature), begin: args!($($b)*), end: args!($($e)*), doc: $doc },]
             $($rest)*
         }
     };

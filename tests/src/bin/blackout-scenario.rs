@@ -98,11 +98,6 @@ fn run(arguments: &Arguments) -> Result<()> {
         format!("tcp:127.0.0.1:{}", free_port()?)
     };
     let destination = Vmm::spawn(&options.incoming(&uri))?;
-    // The first time that code runs is not the time to measure it: pages are touched first, and an
-    // emulator translates. A `stop` takes the whole stop path once.
-    source.qmp.execute("stop", Value::Null)?;
-    source.qmp.execute("cont", Value::Null)?;
-    guest.wait_progress(0, LIMIT)?;
     let recording = arguments.out.join("recording");
     let recorder = Recorder::start(&[source.pid(), destination.pid()], &recording)?;
     say(format!(
@@ -110,6 +105,12 @@ fn run(arguments: &Arguments) -> Result<()> {
         source.pid(),
         destination.pid()
     ));
+
+    // The first time that code runs is not the time to measure it: the pages that the probes were
+    // put on are new, and an emulator translates them anew. A `stop` takes the stop path once.
+    source.qmp.execute("stop", Value::Null)?;
+    source.qmp.execute("cont", Value::Null)?;
+    guest.wait_progress(0, LIMIT)?;
 
     say(format!("QMP migrate {uri}"));
     let answer = source.qmp.migrate(&uri, LIMIT)?;

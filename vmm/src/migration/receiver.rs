@@ -93,11 +93,7 @@ impl<'a, V: TargetVm> Receiver<'a, V> {
         board.set_status(MigrationStatus::Active);
         let state = self.load(board)?;
 
-        self.commit = self.commit.on(DestinationEvent::Verified);
-        board.seal()?;
-        self.channel.send(&Loaded {
-            token: self.their_token,
-        })?;
+        self.verified(board)?;
         let received_ns = self.wait_commit()?;
         self.first_run_ns = self.vm.go_on(state)?;
         self.commit = self.commit.on(DestinationEvent::Commit);
@@ -117,6 +113,16 @@ impl<'a, V: TargetVm> Receiver<'a, V> {
         }
         self.vm.settle();
         Ok(())
+    }
+
+    /// Everything is in place: from here on it is the source that decides.
+    fn verified(&mut self, board: &Board) -> Result<(), Error> {
+        probes::migration_verify(self.id).run(|_| {
+            self.commit = self.commit.on(DestinationEvent::Verified);
+            board.seal()?;
+            let token = self.their_token;
+            Ok(self.channel.send(&Loaded { token })?)
+        })
     }
 
     /// Tells the source that this side does not take the guest, and sees to it that it can't.

@@ -86,6 +86,27 @@ fn switchover(
 ) -> Result<(), Error> {
     probes::switchover(attempt.id()).run(|_| {
         link.wait_loaded()?;
+        commit(vm, link, attempt, board)?;
+        let (first_run_ns, spans) = link.wait_running()?;
+        attempt.commit = attempt.commit.on(SourceEvent::Running);
+        attempt.first_run_ns = first_run_ns;
+        attempt.peer_spans = spans;
+        Ok::<_, Error>(())
+    })?;
+    if let Some(ns) = attempt.downtime_ns(link.clock()) {
+        probes::downtime_end(attempt.id(), ns);
+    }
+    Ok(())
+}
+
+/// Gives the guest up and tells the destination so, unless somebody else was quicker.
+fn commit(
+    vm: &impl SourceVm,
+    link: &mut Link,
+    attempt: &mut Attempt,
+    board: &Board,
+) -> Result<(), Error> {
+    probes::migration_commit(attempt.id()).run(|_| {
         board.update_ram(|ram| ram.transferred = link.loaded_bytes());
         board.seal()?;
         let mut committed = None;
@@ -99,16 +120,8 @@ fn switchover(
             Some(Committed::No(error)) => return Err(error.into()),
             None => {}
         }
-        let (first_run_ns, spans) = link.wait_running()?;
-        attempt.commit = attempt.commit.on(SourceEvent::Running);
-        attempt.first_run_ns = first_run_ns;
-        attempt.peer_spans = spans;
-        Ok::<_, Error>(())
-    })?;
-    if let Some(ns) = attempt.downtime_ns(link.clock()) {
-        probes::downtime_end(attempt.id(), ns);
-    }
-    Ok(())
+        Ok(())
+    })
 }
 
 /// The pages of both lists, each once, in address order.

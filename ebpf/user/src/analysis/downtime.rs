@@ -4,13 +4,15 @@
 //!   destination. If the migration failed after the stop, it ends where the source runs again.
 //! * **blackout**: the guest-dark part of it: from the last vCPU's last exit from guest code on the
 //!   source to the first entry on the destination (or, again, the source). Per vCPU too.
-//! * **explained**: the share of the downtime that is covered by leaf spans of either side that do
-//!   work, and by messages under way whose both ends were seen. A span that waits for the other
-//!   side explains nothing, and neither does one that is the migration itself.
+//! * **explained**: the share of the downtime that is covered by spans of either side that do work
+//!   ([`Nature::Work`]), and by messages under way whose both ends were seen. A span that waits for
+//!   the other side explains nothing, and neither does a layer that only calls the next.
 //! * **gap**: what is left, each with its place.
 
 #[cfg(test)]
 mod tests;
+
+use blackout_abi::Nature;
 
 use super::describe;
 use super::party::{Party, Placed, Side, Vcpu};
@@ -180,9 +182,9 @@ fn completed(source: &Party<'_>) -> bool {
     said.any(|status| status == "completed")
 }
 
-/// Whether the span, if it is a leaf, explains the time that it takes.
-pub fn explains(span: &Span) -> bool {
-    span.leaf && !span.meaning.wait && !WHOLES.contains(&span.name())
+/// Whether the span explains the time that it takes.
+fn explains(span: &Span) -> bool {
+    span.meaning.nature == Nature::Work
 }
 
 /// When each vCPU of `party` first ran after the stop: the earliest first. A vCPU that did not run
@@ -317,7 +319,7 @@ fn within(
         let (side, place) = (party.side, party.place);
         let fits = |span: &&Span| {
             let (start, end) = (place.at(span.start_ns), place.at(span.end_ns));
-            let works = !span.meaning.wait && !WHOLES.contains(&span.name());
+            let works = span.meaning.nature != Nature::Wait && !WHOLES.contains(&span.name());
             works && length(start.max(start_ns), end.min(end_ns)) >= half_ns
         };
         let at = place.back(middle_ns);

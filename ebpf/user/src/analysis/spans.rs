@@ -8,7 +8,7 @@ mod tests;
 
 use std::sync::Arc;
 
-use blackout_abi::probes::{self, Edge};
+use blackout_abi::probes::{self, Edge, Nature};
 
 use crate::recording::{ProbeDef, Value};
 
@@ -23,8 +23,8 @@ pub struct Meaning {
     pub edge: Edge,
     /// The row's hop in the probe table; 0 for a foreign probe.
     pub hop: u8,
-    /// Whether the row is a wait for the other side.
-    pub wait: bool,
+    /// What the row's time is spent on; a foreign probe's on work.
+    pub nature: Nature,
     /// The arguments' names.
     pub args: Vec<String>,
 }
@@ -54,7 +54,9 @@ impl Meaning {
             row: row.to_owned(),
             edge,
             hop,
-            wait: table.is_some() && probes::span(row).is_some_and(|span| span.wait),
+            nature: table
+                .and_then(|probe| probes::span(probe.row))
+                .map_or(Nature::Work, |span| span.nature),
             args: def.args.iter().map(|arg| arg.name.clone()).collect(),
         }
     }

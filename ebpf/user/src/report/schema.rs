@@ -37,7 +37,7 @@ pub struct Migration {
     pub downtime_ns: Option<u64>,
     /// From the last vCPU's last exit from guest code to the first entry.
     pub blackout_ns: Option<u64>,
-    /// The share of the downtime that leaf spans and messages under way cover, 0 to 1.
+    /// The share of the downtime that spans which do work and messages under way cover, 0 to 1.
     pub explained: Option<f64>,
     /// The bound of the error with which the two sides' clocks were laid over each other; 0 on one
     /// host.

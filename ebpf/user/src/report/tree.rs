@@ -2,6 +2,8 @@
 
 use std::collections::HashMap;
 
+use blackout_abi::Nature;
+
 use crate::analysis::downtime::Bounds;
 use crate::analysis::{Party, Placed, Span, describe, its, kvm};
 use crate::recording::{Ioctl, Value};
@@ -101,7 +103,7 @@ fn span_row(run: &[Placed<'_, Span>], bounds: Option<Bounds>) -> Option<Row> {
     };
     let tone = match () {
         () if failed || first.end.is_none() => Tone::Bad,
-        () if first.meaning.wait => Tone::Wait,
+        () if first.meaning.nature == Nature::Wait => Tone::Wait,
         () => Tone::Work,
     };
     let depth = first.depth;
