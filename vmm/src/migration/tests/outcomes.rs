@@ -26,7 +26,8 @@ fn a_guest_arrives_whole_and_both_sides_are_in_one_breakdown() {
             "ram_final",
             "device_save",
             "device_save",
-            "switchover"
+            "switchover",
+            "migration_commit"
         ]
     );
     assert_eq!(
@@ -38,6 +39,7 @@ fn a_guest_arrives_whole_and_both_sides_are_in_one_breakdown() {
             "ram_load",
             "device_load",
             "device_load",
+            "migration_verify",
             "switchover"
         ]
     );
