@@ -131,8 +131,8 @@ fn foreign_probes_pair_by_their_names() {
     assert_eq!(
         (
             meaning("vm_stop_begin").hop,
-            meaning("switchover_begin").wait
+            meaning("switchover_begin").nature
         ),
-        (0, false)
+        (0, Nature::Work)
     );
 }
