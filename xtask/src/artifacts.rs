@@ -88,7 +88,7 @@ pub(crate) fn build(platform: Platform) -> Result<Artifacts> {
             "--bins",
         ])
         .env("BLACKOUT_BPF_OBJECT", &object);
-    let programs = executables(&mut cargo)?;
+    let programs = executables(&mut cargo, Harness::None)?;
     let program = |name: &str| {
         programs
             .get(name)
@@ -108,7 +108,7 @@ pub(crate) fn build(platform: Platform) -> Result<Artifacts> {
 pub(crate) fn build_tests(platform: Platform) -> Result<BTreeMap<String, PathBuf>> {
     let mut cargo = cargo(platform, "test")?;
     cargo.args(["--package", "blackout-tests", "--tests", "--no-run"]);
-    executables(&mut cargo)
+    executables(&mut cargo, Harness::Libtest)
 }
 
 /// Builds the eBPF programs into `target/bpf/ARCH/blackout-ebpf`, the object file that the tool
@@ -130,7 +130,7 @@ pub(crate) fn build_bpf(platform: Platform) -> Result<PathBuf> {
         .env("CARGO_ENCODED_RUSTFLAGS", flags.join("\x1f"))
         .args(["--package", "blackout-ebpf", "--target-dir"])
         .arg(&folder);
-    let built = executables(&mut cargo)?
+    let built = executables(&mut cargo, Harness::None)?
         .remove("blackout-ebpf")
         .context("cargo built no eBPF object")?;
     let object = folder.join("blackout-ebpf");
@@ -149,7 +149,7 @@ fn build_guest(platform: Platform) -> Result<PathBuf> {
     if choice.build_core {
         cargo.arg("--target-dir").arg(paths::target().join("guest"));
     }
-    executables(&mut cargo)?
+    executables(&mut cargo, Harness::None)?
         .remove("blackout-guest")
         .context("cargo built no guest")
 }
@@ -171,8 +171,16 @@ fn cargo(platform: Platform, subcommand: &str) -> Result<Command> {
     }
 }
 
-/// Runs a cargo build and returns the executables that it reports, by target name.
-fn executables(cargo: &mut Command) -> Result<BTreeMap<String, PathBuf>> {
+/// What an executable has around the target's code. A test build also makes the programs that the
+/// tests start, under the same names as those programs' own unit tests.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Harness {
+    None,
+    Libtest,
+}
+
+/// Runs a cargo build and returns the executables with that harness, by target name.
+fn executables(cargo: &mut Command, harness: Harness) -> Result<BTreeMap<String, PathBuf>> {
     cargo
         .arg("--message-format=json-render-diagnostics")
         .stdin(Stdio::null());
@@ -180,10 +188,13 @@ fn executables(cargo: &mut Command) -> Result<BTreeMap<String, PathBuf>> {
     let mut found = BTreeMap::new();
     for line in messages.lines().filter(|line| line.starts_with('{')) {
         let message: Value = serde_json::from_str(line).context("cargo printed broken JSON")?;
-        if let (Some(name), Some(file)) = (
-            message["target"]["name"].as_str(),
-            message["executable"].as_str(),
-        ) {
+        let libtest = message["profile"]["test"].as_bool() == Some(true);
+        if libtest == (harness == Harness::Libtest)
+            && let (Some(name), Some(file)) = (
+                message["target"]["name"].as_str(),
+                message["executable"].as_str(),
+            )
+        {
             found.insert(name.to_owned(), PathBuf::from(file));
         }
     }
