@@ -8,7 +8,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 
-pub(crate) use self::machine::{Mode, Testbed};
+pub(crate) use self::machine::{Mode, STARTED_AGAIN, Testbed};
 use crate::artifacts::{self, Platform};
 use crate::kernel::{Kernel, Series};
 use crate::setup::{self, Purpose};

@@ -22,6 +22,9 @@ pub(crate) enum Mode {
     Counting,
 }
 
+/// The line that parts the output of a run that hung from the output of its repetition.
+pub(crate) const STARTED_AGAIN: &str = "testbed: an emulated CPU hung; starting again";
+
 /// A testbed to be started, with the files that it will hold.
 pub(crate) struct Testbed {
     kernel: Kernel,
@@ -101,6 +104,9 @@ impl Testbed {
     /// Every line that it prints on standard output or standard error is handed to `line` at once.
     /// `/share/out` in the testbed is emptied first and is `share()/out` here afterwards.
     ///
+    /// When an emulated CPU hangs, `line` gets [`STARTED_AGAIN`], and the program runs once more from
+    /// its start.
+    ///
     /// # Errors
     /// When QEMU cannot be started, when the testbed ends without reporting a status (a panic of
     /// its kernel, say), or when `timeout` passes. QEMU is gone in every case.
@@ -113,7 +119,7 @@ impl Testbed {
         let first = self.boot(program, timeout, &mut line);
         if first.is_err() && self.has_hung() {
             // Once in a while an emulated CPU stops taking interrupts, whatever it runs.
-            eprintln!("testbed: an emulated CPU hung; starting again");
+            line(STARTED_AGAIN);
             return self.boot(program, timeout, &mut line);
         }
         first
