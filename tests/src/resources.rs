@@ -50,12 +50,16 @@ impl Resources {
                 .with_context(|| folder.clone())?
                 .count())
         };
-        let status = fs::read_to_string(format!("/proc/{pid}/status"))?;
-        let anon = status
+        // Unlike /proc/PID/status, this is counted page by page and not estimated.
+        let path = format!("/proc/{pid}/smaps_rollup");
+        let maps = fs::read_to_string(&path).with_context(|| path.clone())?;
+        let anon = maps
             .lines()
-            .find_map(|line| line.strip_prefix("RssAnon:"));
+            .find_map(|line| line.strip_prefix("Anonymous:"));
         let anon = anon.and_then(|rest| rest.split_whitespace().next());
-        let private_kib = anon.context("no RssAnon in /proc/PID/status")?.parse()?;
+        let private_kib = anon
+            .with_context(|| format!("{path} has no Anonymous"))?
+            .parse()?;
         Ok(Resources {
             fds: count("fd")?,
             threads: count("task")?,
