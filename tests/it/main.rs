@@ -1,6 +1,7 @@
 //! Integration tests: real monitors, real guests, the real tool. `cargo xtask test` runs them on
 //! this machine and, cross-built, in the arm64 testbed.
 
+mod capture;
 mod interrupts;
 mod its;
 mod latency;
