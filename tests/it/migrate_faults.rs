@@ -1,10 +1,14 @@
 //! Whatever goes wrong, the guest is in one place, and QMP says what it was.
 
 use std::env::consts::ARCH;
+use std::net::{TcpListener, TcpStream};
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use blackout_abi::guest::command;
 use harness::proxy::{Act, At, Meddle, Proxy, Way, kind};
+use harness::skip::slow;
 use harness::{Vmm, skip};
 use serde_json::{Value, json};
 
@@ -298,6 +302,47 @@ fn a_switchover_that_is_held_answers_and_can_be_cancelled() -> Result<()> {
     ensure!(answer["status"] == "cancelled", "{answer}");
     faulty.source.runs()?;
     faulty.proxy.release();
+    let there = faulty.destination.vmm.qmp.wait_migrated(LIMIT)?;
+    ensure!(there["status"] == "failed", "{there}");
+    Ok(())
+}
+
+#[test]
+fn a_cancel_while_nobody_answers() -> Result<()> {
+    let mut source = Running::boot(&small())?;
+    // Once the queue of a listener that never accepts is full, the kernel drops what comes.
+    let listener = TcpListener::bind("127.0.0.1:0")?;
+    let address = listener.local_addr()?;
+    let mut queue = Vec::new();
+    while let Ok(stream) = TcpStream::connect_timeout(&address, Duration::from_millis(200)) {
+        queue.push(stream);
+    }
+    let uri = format!("tcp:{address}");
+    let qmp = &mut source.vmm.qmp;
+    qmp.execute("migrate", json!({ "uri": uri }))?;
+    thread::sleep(Duration::from_millis(100));
+    ensure!(qmp.execute("query-migrate", Value::Null)?["status"] == "setup");
+    let cancelled = Instant::now();
+    qmp.execute("migrate_cancel", Value::Null)?;
+    let answer = qmp.wait_migrated(LIMIT)?;
+    ensure!(answer["status"] == "cancelled", "{answer}");
+    ensure!(
+        cancelled.elapsed() < Duration::from_secs(5),
+        "{:?}",
+        cancelled.elapsed()
+    );
+    source.runs()
+}
+
+#[test]
+fn a_connection_that_stalls_during_the_switchover() -> Result<()> {
+    if !slow() {
+        skip!("it takes half a minute: run with --slow");
+    }
+    let mut faulty = Faulty::new(Way::ToSource, At::Message(kind::LOADED, 0), Act::Hold)?;
+    faulty.hold()?;
+    let answer = faulty.source.vmm.qmp.wait_migrated(LIMIT)?;
+    failed(&mut faulty.source, &answer, "Connection timed out")?;
     let there = faulty.destination.vmm.qmp.wait_migrated(LIMIT)?;
     ensure!(there["status"] == "failed", "{there}");
     Ok(())
