@@ -7,7 +7,8 @@ pub(super) fn time(ns: u64) -> String {
         0..1_000 => format!("{ns} ns"),
         1_000..1_000_000 => format!("{:.1} µs", value / 1e3),
         1_000_000..1_000_000_000 => format!("{:.3} ms", value / 1e6),
-        _ => format!("{:.3} s", value / 1e9),
+        1_000_000_000..1_000_000_000_000 => format!("{:.3} s", value / 1e9),
+        _ => format!("{:.1} s", value / 1e9),
     }
 }
 

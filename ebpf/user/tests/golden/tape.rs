@@ -32,7 +32,7 @@ pub(crate) struct Tape {
 pub(crate) const START_NS: u64 = 5_000_000_000;
 
 impl Tape {
-    /// A tape that defines every probe of the table, on a host called `hostname`.
+    /// An empty tape of a host called `hostname`.
     pub(crate) fn new(hostname: &str) -> Self {
         let header = Header {
             tool: "0.1.0".into(),
@@ -47,25 +47,9 @@ impl Tape {
                 tai_offset_ns: 37_000_000_000,
             },
         };
-        let define = |(id, probe): (usize, &probes::Probe)| {
-            Frame::Probe(ProbeDef {
-                id: id as u32,
-                provider: probes::PROVIDER.into(),
-                name: probe.name.into(),
-                args: probe
-                    .args
-                    .iter()
-                    .map(|arg| ArgDef {
-                        name: arg.name.into(),
-                        kind: kind(arg.kind),
-                    })
-                    .collect(),
-            })
-        };
-        let frames = PROBES.iter().enumerate().map(define).collect();
         Self {
             header,
-            frames,
+            frames: Vec::new(),
             now_ns: START_NS,
         }
     }
@@ -115,6 +99,7 @@ impl Tape {
     pub(crate) fn fire(&mut self, task: Task, name: &str, args: &[Arg]) -> &mut Self {
         let id = probes::probe_id(name).unwrap_or_else(|| panic!("no probe {name}"));
         let probe = &PROBES[usize::from(id)];
+        self.define(id.into(), probe);
         assert_eq!(args.len(), probe.args.len(), "arguments of {name}");
         let values = args
             .iter()
@@ -135,6 +120,25 @@ impl Tape {
             args,
         }));
         self
+    }
+
+    /// Defines a probe before its first hit. Only those that fire are defined, so that a tape stays
+    /// what it is when the table grows.
+    fn define(&mut self, id: u32, probe: &probes::Probe) {
+        let defines = |frame: &Frame| matches!(frame, Frame::Probe(def) if def.id == id);
+        if self.frames.iter().any(defines) {
+            return;
+        }
+        let arg = |arg: &probes::Arg| ArgDef {
+            name: arg.name.into(),
+            kind: kind(arg.kind),
+        };
+        self.frames.push(Frame::Probe(ProbeDef {
+            id,
+            provider: probes::PROVIDER.into(),
+            name: probe.name.into(),
+            args: probe.args.iter().map(arg).collect(),
+        }));
     }
 
     /// A span with `body` inside.
