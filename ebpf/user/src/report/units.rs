@@ -1,13 +1,14 @@
 //! Numbers as a person reads them.
 
-/// A duration with its unit, at most 10 columns wide below 10,000 s.
+/// A duration with its unit, at most 10 columns wide below a year.
 pub(super) fn time(ns: u64) -> String {
     let value = ns as f64;
     match ns {
         0..1_000 => format!("{ns} ns"),
         1_000..1_000_000 => format!("{:.1} µs", value / 1e3),
         1_000_000..1_000_000_000 => format!("{:.3} ms", value / 1e6),
-        1_000_000_000..1_000_000_000_000 => format!("{:.3} s", value / 1e9),
+        // Above, the decimals would round to a column more.
+        1_000_000_000..9_999_999_500_000 => format!("{:.3} s", value / 1e9),
         _ => format!("{:.1} s", value / 1e9),
     }
 }
@@ -44,6 +45,7 @@ mod tests {
         assert_eq!(time(12_345_678), "12.346 ms");
         assert_eq!(time(2_000_000_000), "2.000 s");
         assert_eq!(time(9_999_999_000_000), "9999.999 s");
+        assert_eq!(time(9_999_999_999_999), "10000.0 s");
     }
 
     #[test]
