@@ -1,6 +1,6 @@
 //! Numbers as a person reads them.
 
-/// A duration with its unit, at most 10 columns wide below a year.
+/// A duration with its unit, at most 10 columns wide below 11 days.
 pub(super) fn time(ns: u64) -> String {
     let value = ns as f64;
     match ns {

@@ -6,17 +6,19 @@ use blackout::recording::Reader;
 use serde_json::{Value, json};
 
 use crate::tape::Tape;
-use crate::{check, perfetto, scenarios};
+use crate::{TESTBED, check, perfetto, scenarios};
 
 const ERRORS: &str = "select name, value from stats where severity = 'error' and value > 0";
 
 fn trace(tapes: &[Tape]) -> Vec<u8> {
+    let files: Vec<_> = tapes.iter().map(Tape::bytes).collect();
+    trace_of(&files.iter().map(Vec::as_slice).collect::<Vec<_>>())
+}
+
+fn trace_of(files: &[&[u8]]) -> Vec<u8> {
     let name = || "blackout.rec".to_owned();
-    let load = |tape: &Tape| {
-        let bytes = tape.bytes();
-        Loaded::read(name(), Reader::new(name(), bytes.as_slice()).unwrap()).unwrap()
-    };
-    let recordings: Vec<_> = tapes.iter().map(load).collect();
+    let load = |bytes: &&[u8]| Loaded::read(name(), Reader::new(name(), *bytes).unwrap()).unwrap();
+    let recordings: Vec<_> = files.iter().map(load).collect();
     let mut trace = Vec::new();
     chrome::write(&mut trace, &recordings, &analysis::find(&recordings)).unwrap();
     serde_json::from_slice::<Value>(&trace).expect("a trace is JSON");
@@ -47,15 +49,17 @@ fn the_trace_of_two_hosts() {
 
 #[test]
 fn perfetto_finds_no_error_in_any_trace() {
-    for tapes in [
+    let of_tapes = [
         &[scenarios::completed()][..],
         &[scenarios::back_and_forth()],
         &[scenarios::its_save_fails()],
         &[scenarios::lossy()],
         &scenarios::two_hosts(),
         &[Tape::new("testbed")],
-    ] {
-        let Some(rows) = rows(&trace(tapes), &[ERRORS]) else {
+    ]
+    .map(trace);
+    for trace in of_tapes.iter().chain(&[trace_of(&[TESTBED])]) {
+        let Some(rows) = rows(trace, &[ERRORS]) else {
             return;
         };
         assert_eq!(rows, [[Value::Null; 0]]);

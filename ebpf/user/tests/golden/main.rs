@@ -14,6 +14,9 @@ mod tape;
 use std::fs;
 use std::path::{Path, PathBuf};
 
+/// A real migration; see `recordings/README.md`.
+const TESTBED: &[u8] = include_bytes!("recordings/testbed.rec");
+
 /// Compares `actual` with the file `expected/NAME`, or writes it there when asked to.
 fn check(name: &str, actual: &[u8]) {
     let path = Path::new(env!("CARGO_MANIFEST_DIR"))

@@ -1,12 +1,12 @@
 //! The report as text and as JSON.
 
-use blackout::analysis::{self, Loaded};
+use blackout::analysis::{self, Loaded, Migration};
 use blackout::recording::Reader;
 use blackout::report::schema::Report;
 use blackout::report::text;
 
 use crate::tape::Tape;
-use crate::{check, scenarios};
+use crate::{TESTBED, check, scenarios};
 
 fn load(name: &str, bytes: &[u8]) -> Loaded {
     Loaded::read(name.into(), Reader::new(name.into(), bytes).unwrap()).unwrap()
@@ -22,22 +22,25 @@ fn golden(name: &str, tapes: &[Tape]) -> Report {
 
 fn outputs(name: &str, recordings: &[Loaded]) -> Report {
     let migrations = analysis::find(recordings);
-    let mut plain = anstream::StripStream::new(Vec::new());
-    text::write(&mut plain, recordings, &migrations).unwrap();
-    let plain = plain.into_inner();
-    for line in String::from_utf8(plain.clone()).unwrap().lines() {
-        let columns = line.chars().count();
-        assert!(columns <= text::WIDTH, "{columns} columns: {line}");
-        assert_eq!(line.trim_end(), line);
-    }
-    check(&format!("{name}.txt"), &plain);
-
+    plain(name, recordings, &migrations);
     let report = Report::new(&migrations);
     let mut json = serde_json::to_string_pretty(&report).unwrap();
     json.push('\n');
     check(&format!("{name}.json"), json.as_bytes());
     assert_eq!(serde_json::from_str::<Report>(&json).unwrap(), report);
     report
+}
+
+fn plain(name: &str, recordings: &[Loaded], migrations: &[Migration<'_>]) {
+    let mut plain = anstream::StripStream::new(Vec::new());
+    text::write(&mut plain, recordings, migrations).unwrap();
+    let plain = plain.into_inner();
+    for line in std::str::from_utf8(&plain).unwrap().lines() {
+        let columns = line.chars().count();
+        assert!(columns <= text::WIDTH, "{columns} columns: {line}");
+        assert_eq!(line.trim_end(), line);
+    }
+    check(&format!("{name}.txt"), &plain);
 }
 
 #[test]
@@ -159,4 +162,32 @@ fn a_cut_recording_is_read_to_the_cut() {
 #[test]
 fn an_empty_recording() {
     golden("empty", &[Tape::new("testbed")]);
+}
+
+#[test]
+fn a_real_migration_in_the_testbed() {
+    let recordings = [load("testbed.rec", TESTBED)];
+    let migrations = analysis::find(&recordings);
+    plain("testbed", &recordings, &migrations);
+    let report = Report::new(&migrations);
+    let [migration] = &report.migrations[..] else {
+        panic!("{} migrations", report.migrations.len())
+    };
+    assert_eq!((migration.lost_events, &migration.doubts[..]), (0, &[][..]));
+    let ops: Vec<_> = migration.its.iter().map(|its| its.op.as_str()).collect();
+    assert_eq!(
+        ops,
+        [
+            "its_save_tables",
+            "gic_save_pending_tables",
+            "gic_restore_pending_tables",
+            "its_restore_tables"
+        ]
+    );
+    for its in &migration.its {
+        let kernel_ns = its.kernel_ns.expect("the kernel's view of each was seen");
+        assert!(kernel_ns <= its.duration_ns, "{its:?}");
+    }
+    let mapped = (migration.its[0].devices, migration.its[0].events);
+    assert_eq!(mapped, (Some(256), Some(4_096)));
 }
