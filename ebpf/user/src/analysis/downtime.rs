@@ -156,9 +156,13 @@ pub fn measure<'p>(
     };
     downtime.bounds = Some(bounds);
 
+    // KVM's own work at either edge of KVM_RUN belongs to the blackout, not to the guest.
     let exits = exits(source, stop_ns, end_ns);
-    downtime.blackout = exits.iter().map(|(_, exit)| (*exit, end_ns)).max();
-    downtime.vcpus = entries(on, stop_ns)
+    let entries = guest_entries(on, stop_ns);
+    let light = entries.iter().map(|(_, entry)| *entry).min();
+    let dark = exits.iter().map(|(_, exit)| *exit).max();
+    downtime.blackout = dark.zip(light);
+    downtime.vcpus = entries
         .into_iter()
         .filter_map(|(index, entry)| {
             let index = index?;
@@ -199,6 +203,49 @@ fn entries(party: &Party<'_>, stop_ns: i64) -> Vec<(Option<u64>, i64)> {
     entries
 }
 
+/// As [`entries`], but when each entered guest code, where the kernel told.
+fn guest_entries(party: &Party<'_>, stop_ns: i64) -> Vec<(Option<u64>, i64)> {
+    let vcpus = party.vcpus.iter();
+    vcpus
+        .filter_map(|vcpu| Some((vcpu.index, entered(vcpu, entry(vcpu, stop_ns)?))))
+        .collect()
+}
+
+/// When guest code was entered, at or after the call of KVM_RUN at `entry`. An entry behind another
+/// stay outside is not this call's.
+fn entered(vcpu: &Vcpu, entry: i64) -> i64 {
+    let until = vcpu
+        .gaps
+        .iter()
+        .map(|(exit, _)| *exit)
+        .find(|exit| *exit > entry);
+    let after = vcpu
+        .entered
+        .iter()
+        .copied()
+        .filter(|entered| *entered >= entry);
+    after
+        .min()
+        .filter(|entered| until.is_none_or(|until| *entered <= until))
+        .unwrap_or(entry)
+}
+
+/// When guest code was left, at or before the return of KVM_RUN at `exit`. What was left before
+/// another stay outside is not this call's.
+fn left(vcpu: &Vcpu, exit: i64) -> i64 {
+    let since = vcpu
+        .gaps
+        .iter()
+        .map(|(_, enter)| *enter)
+        .filter(|enter| *enter <= exit)
+        .max();
+    let before = vcpu.left.iter().copied().filter(|left| *left <= exit);
+    before
+        .max()
+        .filter(|left| since.is_none_or(|since| *left >= since))
+        .unwrap_or(exit)
+}
+
 /// The ioctl's edge is nearer to the truth than the probe before it, so it is taken where it was
 /// seen. But the probe tells which edge: monitors call KVM_RUN for other reasons too, to finish an
 /// exit for one, and such a call comes before the probe.
@@ -223,7 +270,7 @@ fn entry(vcpu: &Vcpu, stop_ns: i64) -> Option<i64> {
 fn exits(source: &Party<'_>, stop_ns: i64, end_ns: i64) -> Vec<(Option<u64>, i64)> {
     let vcpus = source.vcpus.iter();
     vcpus
-        .filter_map(|vcpu| Some((vcpu.index, exit(vcpu, stop_ns, end_ns)?)))
+        .filter_map(|vcpu| Some((vcpu.index, left(vcpu, exit(vcpu, stop_ns, end_ns)?))))
         .collect()
 }
 

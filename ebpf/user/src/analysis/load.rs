@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use super::spans::{self, Event, Meaning, Point, Problem, Span};
 use crate::recording::{
-    Cost, Ending, Error, Frame, Header, Hit, Ioctl, KernelFn, Reader, VcpuEdges, VcpuGap,
+    Cost, Ending, Error, Frame, Header, Hit, Ioctl, KernelFn, Reader, VcpuEdges, VcpuGap, VcpuGuest,
 };
 
 /// A whole recording, by process and thread. Times are its host's `CLOCK_MONOTONIC`, ns.
@@ -59,6 +59,8 @@ pub struct Thread {
     pub edges: Option<VcpuEdges>,
     /// Where it stayed out of KVM_RUN.
     pub gaps: Vec<VcpuGap>,
+    /// When it left guest code and entered it again, where the kernel tells.
+    pub guest: Vec<VcpuGuest>,
 }
 
 impl Thread {
@@ -167,6 +169,7 @@ impl Loaded {
             }
             Frame::VcpuEdges(edges) => self.thread(edges.pid, edges.tid).edges = Some(edges),
             Frame::VcpuGap(gap) => self.thread(gap.pid, gap.tid).gaps.push(gap),
+            Frame::VcpuGuest(guest) => self.thread(guest.pid, guest.tid).guest.push(guest),
             Frame::Lost { at_ns, count } => self.lost.push((at_ns, count)),
             Frame::Cost(cost) => self.cost = Some(cost),
             Frame::Clock(_) | Frame::End { .. } => {}

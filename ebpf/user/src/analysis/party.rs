@@ -120,6 +120,10 @@ pub struct Vcpu {
     pub last_exit: Option<i64>,
     /// Stays outside of KVM_RUN, from exit to entry, ns.
     pub gaps: Vec<(i64, i64)>,
+    /// Where it left guest code before it stayed out, ns; empty where the kernel does not tell.
+    pub left: Vec<i64>,
+    /// Where it entered guest code after it came back or started, ns.
+    pub entered: Vec<i64>,
 }
 
 /// One process's part in one migration.
@@ -295,6 +299,18 @@ impl<'a> Party<'a> {
         }
         let gap = |gap: &VcpuGap| (self.place.at(gap.exit_ns), self.place.at(gap.enter_ns));
         let gaps = since(&thread.gaps, from, |gap| self.place.at(gap.enter_ns));
+        vcpu.left = thread
+            .guest
+            .iter()
+            .filter_map(|guest| guest.left_ns)
+            .map(|ns| self.place.at(ns))
+            .collect();
+        vcpu.entered = thread
+            .guest
+            .iter()
+            .filter_map(|guest| guest.entered_ns)
+            .map(|ns| self.place.at(ns))
+            .collect();
         vcpu.gaps = gaps.map(gap).take_while(|(exit, _)| *exit <= to).collect();
         vcpu.index = vcpu
             .index

@@ -185,7 +185,7 @@ impl Recorder {
         self.drain()?;
         self.check_lost()?;
         for (tid, edges) in self.programs.runs() {
-            self.frames.push(self.translator.edges(tid, &edges));
+            self.translator.edges(tid, &edges, &mut self.frames);
         }
         for process in self.processes.iter().filter(|process| !process.ended) {
             self.frames.extend(self.translator.threads_of(process.pid));
@@ -273,7 +273,7 @@ impl Recorder {
         for (tid, edges) in self.programs.runs() {
             let out = edges.exit >= edges.enter && now.saturating_sub(edges.exit) > self.gap_ns;
             if out && self.out.insert(tid, edges.exit) != Some(edges.exit) {
-                self.frames.push(self.translator.edges(tid, &edges));
+                self.translator.edges(tid, &edges, &mut self.frames);
             }
         }
         self.write_frames()

@@ -11,7 +11,7 @@ use super::fds::Fds;
 use super::process;
 use super::sites::Sites;
 use crate::recording::{
-    self, DeviceAttr, Frame, Hit, KernelFn, Value, ValueKind, VcpuEdges, VcpuGap,
+    self, DeviceAttr, Frame, Hit, KernelFn, Value, ValueKind, VcpuEdges, VcpuGap, VcpuGuest,
 };
 
 // include/uapi/linux/kvm.h: KVM_SET_DEVICE_ATTR, KVM_GET_DEVICE_ATTR and KVM_HAS_DEVICE_ATTR. The
@@ -68,9 +68,21 @@ impl Translator {
         }
     }
 
-    /// The frame for a thread's edges as the map has them.
-    pub(super) fn edges(&mut self, tid: u32, edges: &RunEdges) -> Frame {
-        Frame::VcpuEdges(VcpuEdges {
+    /// Appends the frames for a thread's edges as the map has them.
+    pub(super) fn edges(&mut self, tid: u32, edges: &RunEdges, frames: &mut Vec<Frame>) {
+        frames.push(Frame::VcpuEdges(self.vcpu_edges(tid, edges)));
+        if edges.guest_exit > edges.guest_enter {
+            frames.push(Frame::VcpuGuest(VcpuGuest {
+                pid: edges.tgid,
+                tid,
+                left_ns: Some(edges.guest_exit),
+                entered_ns: None,
+            }));
+        }
+    }
+
+    fn vcpu_edges(&mut self, tid: u32, edges: &RunEdges) -> VcpuEdges {
+        VcpuEdges {
             pid: edges.tgid,
             tid,
             vcpu: self.fds.get(edges.tgid, edges.fd).vcpu,
@@ -78,7 +90,7 @@ impl Translator {
             last_enter_ns: edges.enter,
             last_exit_ns: edges.exit,
             runs: edges.runs,
-        })
+        }
     }
 
     /// The names of all threads of a process that were met: a thread often gets its name only
@@ -149,8 +161,8 @@ impl Translator {
                 let exit_ns = edges.exit;
                 edges.enter = time;
                 edges.runs = edges.runs.saturating_add(1);
-                let frame = self.edges(tid, &edges);
-                if let (RunEdge::Gap, Frame::VcpuEdges(edges)) = (edge, &frame) {
+                let edges = self.vcpu_edges(tid, &edges);
+                if edge == RunEdge::Gap {
                     frames.push(Frame::VcpuGap(VcpuGap {
                         pid: edges.pid,
                         tid,
@@ -159,10 +171,16 @@ impl Translator {
                         enter_ns: time,
                     }));
                 }
-                frames.push(frame);
+                frames.push(Frame::VcpuEdges(edges));
             }
-            Some(RunEdge::End) => frames.push(self.edges(tid, &edges)),
-            Some(RunEdge::Entry) | None => {}
+            Some(RunEdge::Entry) => frames.push(Frame::VcpuGuest(VcpuGuest {
+                pid: edges.tgid,
+                tid,
+                left_ns: Some(edges.guest_exit).filter(|left| *left != 0),
+                entered_ns: Some(time),
+            })),
+            Some(RunEdge::End) => self.edges(tid, &edges, frames),
+            None => {}
         }
     }
 }

@@ -24,6 +24,8 @@ pub enum Frame {
     VcpuEdges(VcpuEdges),
     /// A vCPU stayed out of KVM_RUN for long.
     VcpuGap(VcpuGap),
+    /// Guest code was left and entered, as KVM's own events tell; see [`VcpuGuest`].
+    VcpuGuest(VcpuGuest),
     /// Events were lost.
     Lost {
         /// When the loss was noticed.
@@ -238,7 +240,8 @@ pub struct Calls {
 }
 
 /// The bounds of a vCPU's KVM_RUN calls. They are the ioctl's entry and exit: the moments at which
-/// guest code may begin to run and has stopped running, as any kernel can tell them.
+/// guest code may begin to run and has stopped running, as any kernel can tell them. `first_enter_ns`
+/// is 0 for a vCPU that ran before the recording began.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct VcpuEdges {
     /// The process.
@@ -270,6 +273,22 @@ pub struct VcpuGap {
     pub exit_ns: u64,
     /// The entry that ended it.
     pub enter_ns: u64,
+}
+
+/// When a vCPU left guest code, and when it entered it again: nearer to the truth than the edges of
+/// KVM_RUN, inside which KVM has work of its own to do, above all at a vCPU's first run. Written for
+/// the first entry after a first KVM_RUN or a [`VcpuGap`], and for a vCPU that stays out. Absent where
+/// the kernel's `kvm_entry` and `kvm_exit` do not fire.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct VcpuGuest {
+    /// The process.
+    pub pid: u32,
+    /// The vCPU's thread.
+    pub tid: u32,
+    /// When guest code was last left; `None` if it was never entered before.
+    pub left_ns: Option<u64>,
+    /// When it was entered; `None` if it was not entered since.
+    pub entered_ns: Option<u64>,
 }
 
 /// What recording cost, from its start to this frame.

@@ -9,7 +9,7 @@ mod writer;
 
 pub use frame::{
     ArgDef, Calls, ClockAnchor, Cost, DeviceAttr, FdKind, Frame, Header, Hit, Ioctl, KernelFn,
-    ProbeDef, Process, Thread, Value, ValueKind, VcpuEdges, VcpuGap,
+    ProbeDef, Process, Thread, Value, ValueKind, VcpuEdges, VcpuGap, VcpuGuest,
 };
 pub use reader::{Ending, Reader};
 pub use writer::Writer;

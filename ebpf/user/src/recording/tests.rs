@@ -77,6 +77,18 @@ fn frames() -> Vec<Frame> {
             exit_ns: 20,
             enter_ns: 640,
         }),
+        Frame::VcpuGuest(VcpuGuest {
+            pid: 10,
+            tid: 12,
+            left_ns: None,
+            entered_ns: Some(7),
+        }),
+        Frame::VcpuGuest(VcpuGuest {
+            pid: 10,
+            tid: 12,
+            left_ns: Some(19),
+            entered_ns: Some(642),
+        }),
         Frame::Lost {
             at_ns: 2_000,
             count: 9,

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::frame::{
     Calls, ClockAnchor, Cost, DeviceAttr, FdKind, Frame, Header, Hit, Ioctl, KernelFn, ProbeDef,
-    Process, Thread, Value, VcpuEdges, VcpuGap,
+    Process, Thread, Value, VcpuEdges, VcpuGap, VcpuGuest,
 };
 
 /// What postcard encodes. The order of the variants and fields is the format.
@@ -69,6 +69,11 @@ pub(super) enum Wire<'a> {
     End {
         delta: i64,
     },
+    VcpuGuest {
+        task: u32,
+        left: Option<i64>,
+        entered: Option<i64>,
+    },
 }
 
 /// The writer's half of the coding.
@@ -97,6 +102,7 @@ impl Encoder {
             Frame::KernelFn(function) => (function.pid, function.tid),
             Frame::VcpuEdges(edges) => (edges.pid, edges.tid),
             Frame::VcpuGap(gap) => (gap.pid, gap.tid),
+            Frame::VcpuGuest(guest) => (guest.pid, guest.tid),
             _ => return None,
         };
         let next = u32::try_from(self.tasks.len()).unwrap_or(u32::MAX);
@@ -158,6 +164,11 @@ impl Encoder {
                 vcpu: gap.vcpu,
                 delta: self.delta(gap.enter_ns),
                 duration: gap.enter_ns.wrapping_sub(gap.exit_ns),
+            },
+            Frame::VcpuGuest(guest) => Wire::VcpuGuest {
+                task: self.task(guest.pid, guest.tid),
+                left: guest.left_ns.map(|left| self.delta(left)),
+                entered: guest.entered_ns.map(|entered| self.delta(entered)),
             },
             Frame::Lost { at_ns, count } => Wire::Lost {
                 delta: self.delta(*at_ns),
@@ -315,6 +326,19 @@ impl Decoder {
                     vcpu,
                     exit_ns,
                     enter_ns,
+                })
+            }
+            Wire::VcpuGuest {
+                task,
+                left,
+                entered,
+            } => {
+                let (pid, tid) = self.task(task)?;
+                Frame::VcpuGuest(VcpuGuest {
+                    pid,
+                    tid,
+                    left_ns: left.map(|left| self.time(left)),
+                    entered_ns: entered.map(|entered| self.time(entered)),
                 })
             }
             Wire::Lost { delta, count } => Frame::Lost {

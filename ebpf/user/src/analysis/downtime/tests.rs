@@ -92,6 +92,34 @@ fn the_kernel_alone_can_tell_the_last_exit() {
 }
 
 #[test]
+fn the_blackout_is_bounded_by_guest_code_where_the_kernel_tells_it() {
+    let vcpu = Vcpu {
+        gaps: vec![(1_080, 1_290), (2_000, 2_500)],
+        left: vec![300, 1_070, 1_990],
+        entered: vec![310, 1_320, 2_550],
+        ..Vcpu::default()
+    };
+    assert_eq!(left(&vcpu, 1_080), 1_070);
+    assert_eq!(entered(&vcpu, 1_290), 1_320);
+    assert_eq!(left(&vcpu, 2_000), 1_990);
+    assert_eq!(entered(&vcpu, 2_500), 2_550);
+}
+
+#[test]
+fn an_edge_of_guest_code_that_was_lost_is_the_ioctls() {
+    let vcpu = Vcpu {
+        gaps: vec![(1_080, 1_290), (2_000, 2_500)],
+        left: vec![300, 1_070],
+        entered: vec![310, 2_550],
+        ..Vcpu::default()
+    };
+    assert_eq!(entered(&vcpu, 1_290), 1_290);
+    assert_eq!(left(&vcpu, 2_000), 2_000);
+    assert_eq!(left(&Vcpu::default(), 5), 5);
+    assert_eq!(entered(&Vcpu::default(), 5), 5);
+}
+
+#[test]
 fn shares_and_overlaps_stay_inside_the_downtime() {
     let bounds = Bounds {
         start_ns: 100,
