@@ -44,7 +44,9 @@ pub(crate) struct Arguments {
 
 /// Runs the verb; the exit code is the command's.
 pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
-    setup::ensure(&[Purpose::Testbed])?;
+    if !arguments.no_build {
+        setup::ensure(&[Purpose::Testbed])?;
+    }
     let mut testbed = Testbed::new(Kernel::find(arguments.kernel)?, &arguments.name)
         .memory_mib(arguments.memory)
         .mode(if arguments.icount {

@@ -262,7 +262,9 @@ impl Testbed {
     fn finished(&self, exit: ExitStatus, started: Instant) -> Result<Finished> {
         let elapsed = started.elapsed();
         if !exit.success() {
-            bail!("qemu-system-aarch64 failed: {exit}");
+            bail!(
+                "qemu-system-aarch64 failed: {exit}; if it is not there, run `cargo xtask setup`"
+            );
         }
         let text = fs::read_to_string(self.status_file()).context("cannot read the status file")?;
         match text.trim().parse() {
