@@ -316,30 +316,30 @@ impl Tape {
         let mut tape = self.only(pid);
         tape.header = Self::new(hostname).header;
         tape.header.clock.monotonic_ns += offset_ns;
-        for frame in &mut tape.frames {
-            match frame {
-                Frame::Hit(hit) => hit.ts_ns += offset_ns,
-                Frame::Ioctl(Ioctl {
-                    enter_ns, exit_ns, ..
-                })
-                | Frame::KernelFn(KernelFn {
-                    enter_ns, exit_ns, ..
-                })
-                | Frame::VcpuGap(VcpuGap {
-                    enter_ns, exit_ns, ..
-                }) => {
-                    *enter_ns += offset_ns;
-                    *exit_ns += offset_ns;
-                }
-                Frame::VcpuEdges(edges) => {
-                    edges.first_enter_ns += offset_ns;
-                    edges.last_enter_ns += offset_ns;
-                    edges.last_exit_ns += offset_ns;
-                }
-                _ => {}
+        tape.warp(|ns| ns + offset_ns)
+    }
+
+    /// The same at other times.
+    pub(crate) fn warp(mut self, to: impl Fn(u64) -> u64) -> Self {
+        for frame in &mut self.frames {
+            let times = match frame {
+                Frame::Hit(hit) => vec![&mut hit.ts_ns],
+                Frame::Ioctl(ioctl) => vec![&mut ioctl.enter_ns, &mut ioctl.exit_ns],
+                Frame::KernelFn(function) => vec![&mut function.enter_ns, &mut function.exit_ns],
+                Frame::VcpuGap(gap) => vec![&mut gap.exit_ns, &mut gap.enter_ns],
+                Frame::VcpuEdges(edges) => vec![
+                    &mut edges.first_enter_ns,
+                    &mut edges.last_enter_ns,
+                    &mut edges.last_exit_ns,
+                ],
+                Frame::Lost { at_ns, .. } => vec![at_ns],
+                _ => Vec::new(),
+            };
+            for time in times {
+                *time = to(*time);
             }
         }
-        tape
+        self
     }
 
     /// What a recorder that watched `pid` only would have written.
