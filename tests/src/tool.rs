@@ -15,7 +15,7 @@ use serde_json::Value;
 use crate::programs;
 
 /// How long the tool may take to attach.
-const ATTACH: Duration = Duration::from_secs(30);
+const ATTACH: Duration = Duration::from_secs(120);
 
 /// What `blackout report --json` printed.
 pub type Report = Value;
