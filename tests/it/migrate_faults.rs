@@ -342,7 +342,7 @@ fn a_connection_that_stalls_during_the_switchover() -> Result<()> {
     let mut faulty = Faulty::new(Way::ToSource, At::Message(kind::LOADED, 0), Act::Hold)?;
     faulty.hold()?;
     let answer = faulty.source.vmm.qmp.wait_migrated(LIMIT)?;
-    failed(&mut faulty.source, &answer, "Connection timed out")?;
+    failed(&mut faulty.source, &answer, "timed out (os error 110)")?;
     let there = faulty.destination.vmm.qmp.wait_migrated(LIMIT)?;
     ensure!(there["status"] == "failed", "{there}");
     Ok(())
