@@ -13,7 +13,7 @@ pub struct Resources {
     pub fds: usize,
     /// Threads.
     pub threads: usize,
-    /// Memory of its own, KiB: guest RAM, which is shared memory, is not in it.
+    /// Memory of its own in small pages, KiB: guest RAM, which is shared memory, is not in it.
     pub private_kib: u64,
 }
 
@@ -53,13 +53,14 @@ impl Resources {
         // Unlike /proc/PID/status, this is counted page by page and not estimated.
         let path = format!("/proc/{pid}/smaps_rollup");
         let maps = fs::read_to_string(&path).with_context(|| path.clone())?;
-        let anon = maps
-            .lines()
-            .find_map(|line| line.strip_prefix("Anonymous:"));
-        let anon = anon.and_then(|rest| rest.split_whitespace().next());
-        let private_kib = anon
-            .with_context(|| format!("{path} has no Anonymous"))?
-            .parse()?;
+        let kib = |name: &str| -> Result<u64> {
+            let line = maps.lines().find_map(|line| line.strip_prefix(name));
+            let number = line.and_then(|rest| rest.split_whitespace().next());
+            let number = number.with_context(|| format!("{path} has no {name}"))?;
+            Ok(number.parse()?)
+        };
+        // A huge page is 2 MiB for whatever few bytes the kernel thought it good for.
+        let private_kib = kib("Anonymous:")?.saturating_sub(kib("AnonHugePages:")?);
         Ok(Resources {
             fds: count("fd")?,
             threads: count("task")?,
