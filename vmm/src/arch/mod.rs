@@ -8,9 +8,11 @@ mod imp;
 mod imp;
 
 pub use imp::{
-    Entry, Error, Irqchip, NAME, SERIAL, init_vcpu, load_payload, platform_devices, ram_layout,
-    set_entry, vcpu_state,
+    Entry, Error, Irqchip, NAME, PCI, SERIAL, init_vcpu, load_payload, platform_devices,
+    ram_layout, set_entry, vcpu_state,
 };
+
+use std::ops::Range;
 
 use crate::devices::bus;
 
@@ -25,6 +27,17 @@ pub struct Serial {
     pub pio: bool,
     /// The GSI of its interrupt, for an irqfd.
     pub gsi: u32,
+}
+
+/// Where the PCI host bridge's windows are, guest-physical.
+#[derive(Clone, Debug)]
+pub struct PciWindows {
+    /// Configuration space, 1 MiB for each bus, from bus 0.
+    pub ecam: Range<u64>,
+    /// Memory BARs below 4 GiB.
+    pub mmio32: Range<u64>,
+    /// 64-bit memory BARs.
+    pub mmio64: Range<u64>,
 }
 
 /// A device that belongs to the architecture's board, and where it is.

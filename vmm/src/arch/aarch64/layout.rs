@@ -1,9 +1,24 @@
-//! Where things are: the memory map, close to that of QEMU's `virt` machine.
+//! The address map, close to that of QEMU's `virt` machine.
+//!
+//! | guest-physical | what | SPI |
+//! |---|---|---|
+//! | 0x0800_0000 | GICv3 distributor, 64 KiB | |
+//! | 0x0808_0000 | ITS, 128 KiB: control frame, translation frame | |
+//! | 0x080a_0000 | GICv3 redistributors, 128 KiB for each vCPU | |
+//! | 0x0900_0000 | PL011, the console | 1 |
+//! | 0x0901_0000 | PL031, the clock of the day | 2 |
+//! | 0x0903_0000 | PL061, whose line 3 is the power button | 7 |
+//! | 0x1000_0000–0x3eff_ffff | PCI: memory BARs below 4 GiB | |
+//! | 0x3f00_0000 | PCI: ECAM, 1 MiB: bus 0 | |
+//! | 0x4000_0000 | RAM: boot page, shared page, device tree, then the program | |
+//! | 0x80_0000_0000–0xff_ffff_ffff | PCI: 64-bit memory BARs | |
+//!
+//! SPI n is the GIC's interrupt 32 + n and GSI n. Nothing else uses them: PCI devices have MSIs.
 
 use blackout_abi::guest::AARCH64_RAM_BASE;
 
 use super::Error;
-use crate::arch::Serial;
+use crate::arch::{PciWindows, Serial};
 use crate::memory::PAGE_SIZE;
 
 /// The distributor, 64 KiB.
@@ -34,8 +49,17 @@ pub(super) const IRQS: u32 = 64;
 /// The most vCPUs that the map has redistributors for.
 pub(super) const VCPUS_MAX: u32 = ((SERIAL.base - GICR) / GICR_STRIDE) as u32;
 
-/// KVM's default guest-physical address space has 40 bits.
-const RAM_END: u64 = 1 << 40;
+/// Where the PCI host bridge's windows are.
+pub const PCI: PciWindows = PciWindows {
+    ecam: 0x3f00_0000..0x3f10_0000,
+    mmio32: 0x1000_0000..0x3f00_0000,
+    mmio64: RAM_END..1 << ADDRESS_BITS,
+};
+
+/// KVM's default guest-physical address space.
+const ADDRESS_BITS: u32 = 40;
+/// RAM has its lower half but for the first GiB, PCI its upper.
+const RAM_END: u64 = 1 << (ADDRESS_BITS - 1);
 
 /// The RAM regions of a machine with `size` bytes.
 ///
@@ -51,6 +75,8 @@ pub fn ram_layout(size: u64) -> Result<Vec<(u64, u64)>, Error> {
 
 #[cfg(test)]
 mod tests {
+    use std::ops::Range;
+
     use super::*;
 
     #[test]
@@ -63,9 +89,17 @@ mod tests {
 
     #[test]
     fn nothing_overlaps() {
-        const { assert!(GICD + GICD_SIZE <= ITS) };
-        const { assert!(ITS + ITS_SIZE <= GICR) };
-        assert!(GICR + u64::from(VCPUS_MAX) * GICR_STRIDE <= SERIAL.base);
-        const { assert!(SERIAL.base + SERIAL.size <= AARCH64_RAM_BASE) };
+        let sized = |base: u64, size: u64| base..base + size;
+        let ranges: [Range<u64>; 7] = [
+            sized(GICD, GICD_SIZE),
+            sized(ITS, ITS_SIZE),
+            sized(GICR, u64::from(VCPUS_MAX) * GICR_STRIDE),
+            sized(SERIAL.base, SERIAL.size),
+            PCI.mmio32,
+            PCI.ecam,
+            sized(AARCH64_RAM_BASE, RAM_END - AARCH64_RAM_BASE),
+        ];
+        assert!(ranges.is_sorted_by(|a, b| a.end <= b.start));
+        assert_eq!(PCI.mmio64.start, RAM_END);
     }
 }

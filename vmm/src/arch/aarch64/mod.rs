@@ -20,7 +20,7 @@ use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, PoisonError};
 
 pub use boot::{Entry, load_payload};
-pub use layout::{SERIAL, ram_layout};
+pub use layout::{PCI, SERIAL, ram_layout};
 pub use vcpu::{init_vcpu, set_entry, vcpu_state};
 
 use super::{BoardDevice, Mapped};
@@ -44,7 +44,7 @@ pub enum Error {
     #[error(transparent)]
     Kvm(#[from] kvm::Error),
     /// RAM that the memory map has no place for.
-    #[error("{size:#x} bytes of RAM: give whole pages, and no more than 1023 GiB")]
+    #[error("{size:#x} bytes of RAM: give whole pages, and no more than 511 GiB")]
     Ram {
         /// Bytes asked for.
         size: u64,

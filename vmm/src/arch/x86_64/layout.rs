@@ -9,16 +9,24 @@
 //! | 0x6000–0x8fff | stack at entry |
 //! | 0x9000–0xefff | page tables at entry |
 //! | 0xf000 | free RAM from here; there is no firmware, no VGA hole |
-//! | 0x10_0000 | flat payloads |
-//! | 0xc000_0000–0xffff_ffff | no RAM; I/O APIC, local APICs, KVM's own pages |
+//! | 0xe_0000–0xf_ffff | Linux: the ACPI tables |
+//! | 0x10_0000 | flat payloads; kernels, where they say |
+//! | 0xc000_0000–0xdfff_ffff | PCI: memory BARs below 4 GiB |
+//! | 0xe000_0000 | PCI: ECAM, 1 MiB: bus 0 |
+//! | 0xfec0_0000 | I/O APIC |
+//! | 0xfee0_0000 | local APICs, and where MSIs are written to |
+//! | 0xfffb_c000 | four pages of KVM's own |
 //! | 0x1_0000_0000 | the RAM that has no place below |
+//! | 0x40_0000_0000–0x4f_ffff_ffff | PCI: 64-bit memory BARs |
+//!
+//! The 64-bit window ends below 2^39, the address width of small CPUs.
 
 use std::ops::Range;
 
 use blackout_abi::guest;
 
 use super::Error;
-use crate::arch::Serial;
+use crate::arch::{PciWindows, Serial};
 use crate::memory::PAGE_SIZE;
 
 /// COM1.
@@ -27,6 +35,13 @@ pub const SERIAL: Serial = Serial {
     size: 8,
     pio: true,
     gsi: 4,
+};
+
+/// Where the PCI host bridge's windows are.
+pub const PCI: PciWindows = PciWindows {
+    ecam: 0xe000_0000..0xe010_0000,
+    mmio32: HOLE..0xe000_0000,
+    mmio64: 0x40_0000_0000..0x50_0000_0000,
 };
 
 /// The GDT that the segments at entry come from.
@@ -52,6 +67,7 @@ const MIN_RAM: u64 = 2 << 20;
 const MAX_RAM: u64 = 64 << 30;
 
 const _: () = assert!(guest::X86_64_RAM_BASE == 0);
+const _: () = assert!(HIGH + MAX_RAM <= PCI.mmio64.start);
 const _: () = assert!(RESERVED.start <= guest::X86_64_BOOT_PAGE);
 const _: () = assert!(guest::X86_64_BOOT_PAGE + guest::SHARED_PAGE_OFFSET + PAGE_SIZE < STACK_TOP);
 

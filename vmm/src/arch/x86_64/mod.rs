@@ -16,7 +16,7 @@ mod vcpu;
 
 pub use boot::{Entry, load_payload, set_entry};
 pub use irqchip::Irqchip;
-pub use layout::{SERIAL, ram_layout};
+pub use layout::{PCI, SERIAL, ram_layout};
 pub use power::platform_devices;
 pub use vcpu::{init_vcpu, vcpu_state};
 
