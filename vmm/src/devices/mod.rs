@@ -5,8 +5,7 @@ pub mod serial;
 
 use std::ffi::CStr;
 
-use serde::Serialize;
-use serde::de::DeserializeOwned;
+use serde::{Deserialize, Serialize, Serializer};
 
 use crate::kvm;
 use crate::probes::Errno;
@@ -75,15 +74,28 @@ impl Errno for StateError {
 
 /// Encodes a device's state, for [`DeviceState::save`].
 pub fn encode<T: Serialize>(state: &T) -> Result<Vec<u8>, StateError> {
-    postcard::to_allocvec(state).map_err(|source| StateError::Decode { len: 0, source })
+    encode_with_room(state, 0)
+}
+
+/// The same for a large state, whose buffer would move several times as it grows: makes room for
+/// `room` bytes at once.
+pub fn encode_with_room<T: Serialize>(state: &T, room: usize) -> Result<Vec<u8>, StateError> {
+    postcard::to_extend(state, Vec::with_capacity(room))
+        .map_err(|source| StateError::Decode { len: 0, source })
+}
+
+/// For `#[serde(serialize_with)]` of a byte slice in a state: copies it at once. By itself serde takes
+/// each byte for an element, which a stop has no time for.
+pub fn bytes<S: Serializer>(bytes: &[u8], serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.serialize_bytes(bytes)
 }
 
 /// Decodes a device's state of version `expected`, for [`DeviceState::load`]. What is left over
 /// after the state is an error too.
-pub fn decode<T: DeserializeOwned>(
+pub fn decode<'a, T: Deserialize<'a>>(
     expected: u32,
     found: u32,
-    state: &[u8],
+    state: &'a [u8],
 ) -> Result<T, StateError> {
     if found != expected {
         return Err(StateError::Version { found, expected });
