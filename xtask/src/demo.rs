@@ -9,7 +9,7 @@ use std::time::Duration;
 use anyhow::{Context, Result, bail};
 
 use crate::artifacts::{self, Artifacts, Platform};
-use crate::kernel::{Kernel, Series};
+use crate::kernel::{Arch, Kernel, Package, Series};
 use crate::paths;
 use crate::setup::{self, Purpose};
 use crate::testbed::Testbed;
@@ -116,7 +116,11 @@ fn on_host(artifacts: &Artifacts, arguments: &Arguments, results: &Path) -> Resu
 
 fn in_testbed(artifacts: &Artifacts, arguments: &Arguments, results: &Path) -> Result<i32> {
     eprintln!("demo: booting arm64 Linux with KVM, a GICv3 and its ITS, under emulation");
-    let testbed = Testbed::new(Kernel::find(Series::V6_12)?, "demo").programs(artifacts);
+    let testbed = Testbed::new(
+        Kernel::find(Package::testbed(Series::V6_12, Arch::Aarch64))?,
+        "demo",
+    )
+    .programs(artifacts);
     let words = scenario(arguments, "/share/out");
     let program: Vec<_> = ["blackout-scenario"]
         .into_iter()

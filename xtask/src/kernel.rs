@@ -1,4 +1,5 @@
-//! The testbed's kernels: which ones there are, and where `cargo xtask setup` puts them.
+//! Debian's kernels, of testbeds and of guests: which ones there are, and where `cargo xtask setup`
+//! puts them.
 
 use std::fmt;
 use std::path::PathBuf;
@@ -8,7 +9,7 @@ use clap::ValueEnum;
 
 use crate::paths;
 
-/// A long-term series of Linux that the testbed can boot.
+/// A long-term series of Linux.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Series {
     /// Linux 6.12 of Debian 13: fentry and the dirty ring work on arm64.
@@ -20,10 +21,8 @@ pub(crate) enum Series {
 }
 
 impl Series {
-    /// The folder of this series' files in the cache.
-    pub(crate) fn folder(self) -> Result<PathBuf> {
-        Ok(paths::cache()?.join(format!("kernel-{self}-arm64")))
-    }
+    /// Every series that guests are tested with.
+    pub(crate) const ALL: [Self; 2] = [Self::V6_1, Self::V6_12];
 }
 
 impl fmt::Display for Series {
@@ -35,9 +34,120 @@ impl fmt::Display for Series {
     }
 }
 
-/// Modules that the testbed loads, each after those it needs. A series that has one built in, or
-/// that lacks it, does without: 6.1 splits fscache from netfs, and 6.12 has virtio-pci built in.
-pub(crate) const MODULES: [&str; 14] = [
+/// An architecture that testbeds and guests have.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub(crate) enum Arch {
+    /// arm64.
+    #[value(name = "aarch64")]
+    Aarch64,
+    /// x86-64.
+    #[value(name = "x86_64")]
+    X86_64,
+}
+
+impl Arch {
+    /// Debian's name of it.
+    pub(crate) fn debian(self) -> &'static str {
+        match self {
+            Self::Aarch64 => "arm64",
+            Self::X86_64 => "amd64",
+        }
+    }
+
+    /// Rust's name of it.
+    pub(crate) fn rust(self) -> &'static str {
+        match self {
+            Self::Aarch64 => "aarch64",
+            Self::X86_64 => "x86_64",
+        }
+    }
+}
+
+/// What Debian has built a kernel for.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Flavour {
+    /// Real machines: what testbeds boot, with KVM and everything that eBPF needs.
+    Generic,
+    /// Virtual machines: what guests boot.
+    Cloud,
+}
+
+/// One of Debian's kernels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Package {
+    pub(crate) series: Series,
+    pub(crate) flavour: Flavour,
+    pub(crate) arch: Arch,
+}
+
+impl Package {
+    /// The kernel of a testbed.
+    pub(crate) fn testbed(series: Series, arch: Arch) -> Self {
+        let flavour = Flavour::Generic;
+        Self {
+            series,
+            flavour,
+            arch,
+        }
+    }
+
+    /// The kernel of a guest.
+    pub(crate) fn guest(series: Series, arch: Arch) -> Self {
+        let flavour = Flavour::Cloud;
+        Self {
+            series,
+            flavour,
+            arch,
+        }
+    }
+
+    /// The folder of this kernel's files in the cache.
+    pub(crate) fn folder(self) -> Result<PathBuf> {
+        Ok(paths::cache()?.join(format!("kernel-{}", self.suffix())))
+    }
+
+    /// Debian's package that always stands for the newest kernel of this kind.
+    pub(crate) fn metapackage(self) -> String {
+        let arch = self.arch.debian();
+        match self.flavour {
+            Flavour::Generic => format!("linux-image-{arch}"),
+            Flavour::Cloud => format!("linux-image-cloud-{arch}"),
+        }
+    }
+
+    /// The modules that are kept, each after those it needs. A series that has one built in, or
+    /// that lacks it, does without: 6.1 splits fscache from netfs, and 6.12 has virtio-pci built in.
+    pub(crate) fn modules(self) -> impl Iterator<Item = &'static str> {
+        let last: &[&str] = match (self.flavour, self.arch) {
+            (Flavour::Generic, Arch::Aarch64) => &[],
+            (Flavour::Generic, Arch::X86_64) => &["irqbypass", "kvm", "ccp", "kvm-amd"],
+            (Flavour::Cloud, _) => &GUEST_MODULES,
+        };
+        MODULES.into_iter().chain(last.iter().copied())
+    }
+
+    fn suffix(self) -> String {
+        let arch = self.arch.debian();
+        match self.flavour {
+            Flavour::Generic => format!("{}-{arch}", self.series),
+            Flavour::Cloud => format!("{}-cloud-{arch}", self.series),
+        }
+    }
+}
+
+impl fmt::Display for Package {
+    fn fmt(&self, formatter: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let flavour = match self.flavour {
+            Flavour::Generic => "testbed's",
+            Flavour::Cloud => "guests'",
+        };
+        let arch = self.arch.debian();
+        write!(formatter, "the {flavour} {arch} kernel {}", self.series)
+    }
+}
+
+/// Modules that testbeds and guests load.
+const MODULES: [&str; 14] = [
     "virtio",
     "virtio_ring",
     "virtio_pci_modern_dev",
@@ -54,31 +164,43 @@ pub(crate) const MODULES: [&str; 14] = [
     "virtio_net",
 ];
 
+/// Modules that only guests load: the drivers of the monitor's other devices.
+const GUEST_MODULES: [&str; 8] = [
+    "virtio_blk",
+    "rng-core",
+    "virtio-rng",
+    "vsock",
+    "vmw_vsock_virtio_transport_common",
+    "vmw_vsock_virtio_transport",
+    "evdev",
+    "gpio_keys",
+];
+
 /// A kernel that is there to be booted, with the static busybox that goes with it.
 #[derive(Clone, Debug)]
 pub(crate) struct Kernel {
-    /// The kernel's `Image`.
+    /// The kernel's `Image` or `bzImage`.
     pub(crate) image: PathBuf,
-    /// A static arm64 busybox.
+    /// A static busybox of the same architecture.
     pub(crate) busybox: PathBuf,
     /// Name and file of each module to load, in order.
     pub(crate) modules: Vec<(String, PathBuf)>,
 }
 
 impl Kernel {
-    /// The kernel of `series` that `cargo xtask setup` fetched.
+    /// The kernel that `cargo xtask setup` fetched.
     ///
     /// # Errors
     /// When it is not there.
-    pub(crate) fn find(series: Series) -> Result<Self> {
-        let folder = series.folder()?;
+    pub(crate) fn find(package: Package) -> Result<Self> {
+        let folder = package.folder()?;
         let image = folder.join("Image");
         if !image.is_file() {
-            bail!("the testbed's kernel {series} is not there: run `cargo xtask setup`");
+            bail!("{package} is not there: run `cargo xtask setup`");
         }
-        let modules = MODULES
-            .iter()
-            .map(|&name| {
+        let modules = package
+            .modules()
+            .map(|name| {
                 (
                     name.to_owned(),
                     folder.join("modules").join(format!("{name}.ko")),

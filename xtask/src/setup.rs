@@ -12,7 +12,7 @@ use clap::ValueEnum;
 
 pub(crate) use self::python::interpreter as python;
 use crate::command;
-use crate::kernel::Series;
+use crate::kernel::{Arch, Package, Series};
 
 /// Arguments of `cargo xtask setup`.
 #[derive(clap::Args)]
@@ -64,7 +64,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<()> {
     };
     let mut needs = needs(purposes);
     if arguments.old_kernel {
-        needs.push(Box::new(Series::V6_1));
+        needs.push(Box::new(Package::testbed(Series::V6_1, Arch::Aarch64)));
     }
     install(&needs, true)
 }
@@ -97,7 +97,10 @@ fn needs(purposes: &[Purpose]) -> Vec<Box<dyn Need>> {
             name: "xz",
             package: "xz-utils",
         }));
-        needs.push(Box::new(Series::V6_12));
+        needs.push(Box::new(Package::testbed(Series::V6_12, Arch::Aarch64)));
+        for series in Series::ALL {
+            needs.push(Box::new(Package::guest(series, Arch::Aarch64)));
+        }
     }
     if purposes.contains(&Purpose::Test) {
         needs.push(Box::new(Program {

@@ -9,7 +9,7 @@ use anyhow::Result;
 use clap::ValueEnum;
 
 use crate::artifacts::{self, Platform};
-use crate::kernel::{Kernel, Series};
+use crate::kernel::{Arch, Kernel, Package, Series};
 use crate::setup::{self, Purpose};
 use crate::testbed::{STARTED_AGAIN, Testbed};
 use crate::{command, paths};
@@ -110,9 +110,12 @@ fn host_tests(arguments: &Arguments, tally: &mut Tally) -> Result<()> {
 
 fn testbed_tests(arguments: &Arguments, tally: &mut Tally) -> Result<()> {
     println!("== integration tests in the testbed");
-    let mut testbed = Testbed::new(Kernel::find(arguments.kernel)?, "test")
-        .programs(&artifacts::build(Platform::Testbed)?)
-        .env("BLACKOUT_SLOW", slow(arguments));
+    let mut testbed = Testbed::new(
+        Kernel::find(Package::testbed(arguments.kernel, Arch::Aarch64))?,
+        "test",
+    )
+    .programs(&artifacts::build(Platform::Testbed)?)
+    .env("BLACKOUT_SLOW", slow(arguments));
     for (name, program) in artifacts::build_tests(Platform::Testbed)? {
         testbed = testbed.file(program, format!("/tests/{name}"));
     }

@@ -10,7 +10,7 @@ use anyhow::{Context, Result};
 
 pub(crate) use self::machine::{Mode, STARTED_AGAIN, Testbed};
 use crate::artifacts::{self, Platform};
-use crate::kernel::{Kernel, Series};
+use crate::kernel::{Arch, Kernel, Package, Series};
 use crate::setup::{self, Purpose};
 
 /// Arguments of `cargo xtask testbed`.
@@ -47,13 +47,16 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
     if !arguments.no_build {
         setup::ensure(&[Purpose::Testbed])?;
     }
-    let mut testbed = Testbed::new(Kernel::find(arguments.kernel)?, &arguments.name)
-        .memory_mib(arguments.memory)
-        .mode(if arguments.icount {
-            Mode::Counting
-        } else {
-            Mode::Function
-        });
+    let mut testbed = Testbed::new(
+        Kernel::find(Package::testbed(arguments.kernel, Arch::Aarch64))?,
+        &arguments.name,
+    )
+    .memory_mib(arguments.memory)
+    .mode(if arguments.icount {
+        Mode::Counting
+    } else {
+        Mode::Function
+    });
     if !arguments.no_build {
         testbed = testbed.programs(&artifacts::build(Platform::Testbed)?);
     }

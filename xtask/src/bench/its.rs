@@ -14,7 +14,7 @@ use serde_json::{Value, json};
 
 use super::plot::{self, Series};
 use crate::artifacts::{self, Platform};
-use crate::kernel;
+use crate::kernel::{self, Arch, Package};
 use crate::paths;
 use crate::setup::{self, Purpose};
 use crate::testbed::{Mode, Testbed};
@@ -138,7 +138,7 @@ impl Point {
 
 fn measure(arguments: &Arguments) -> Result<Vec<Point>> {
     let artifacts = artifacts::build(Platform::Testbed)?;
-    let kernel = kernel::Kernel::find(arguments.kernel)?;
+    let kernel = kernel::Kernel::find(Package::testbed(arguments.kernel, Arch::Aarch64))?;
     let testbed = Testbed::new(kernel, "bench")
         .mode(Mode::Counting)
         .programs(&artifacts)

@@ -1,8 +1,8 @@
-//! Debian packages: those of this machine, and arm64 ones that are only unpacked.
+//! Debian packages: those of this machine, and those of testbeds and guests, only unpacked.
 //!
-//! arm64 packages come through an apt directory of our own in the cache, so fetching them needs no
-//! root and leaves the machine's architectures, sources and lists as they are. apt checks every
-//! signature against Debian's keyring, as it does for the machine itself.
+//! The latter come through an apt directory of our own in the cache, one for each architecture, so
+//! fetching them needs no root and leaves the machine's architectures, sources and lists as they
+//! are. apt checks every signature against Debian's keyring, as it does for the machine itself.
 
 use std::env;
 use std::fs;
@@ -51,28 +51,30 @@ pub(crate) fn installed_version(package: &str) -> Option<String> {
     text.strip_prefix("installed ").map(str::to_owned)
 }
 
-/// Debian's arm64 packages, through an apt directory in the cache.
+/// Debian's packages of one architecture, through an apt directory in the cache.
 pub(crate) struct Archive {
     folder: PathBuf,
+    /// Debian's name of the architecture.
+    arch: &'static str,
 }
 
 impl Archive {
-    /// Prepares the apt directory and fetches the lists of packages.
+    /// Prepares the apt directory for `arch`, Debian's name of it, and fetches the lists of packages.
     ///
     /// # Errors
     /// When this machine has no apt, or does not tell where Debian's packages are.
-    pub(crate) fn open() -> Result<Self> {
-        let folder = paths::cache()?.join("apt-arm64");
+    pub(crate) fn open(arch: &'static str) -> Result<Self> {
+        let folder = paths::cache()?.join(format!("apt-{arch}"));
         for needed in ["lists/partial", "cache/archives/partial", "parts"] {
             fs::create_dir_all(folder.join(needed))
                 .with_context(|| format!("cannot create {}", folder.join(needed).display()))?;
         }
-        let archive = Self { folder };
+        let archive = Self { folder, arch };
         archive.write("status", "")?;
         archive.write("apt.conf", &archive.configuration())?;
         let mut sources = String::new();
         for (base, suite) in archive.suites()? {
-            sources += &format!("deb [arch=arm64 signed-by={KEYRING}] {base} {suite} main\n");
+            sources += &format!("deb [arch={arch} signed-by={KEYRING}] {base} {suite} main\n");
         }
         archive.write("sources.list", &sources)?;
         // One suite that cannot be had or verified is no reason to stop: `find` says what is missing.
@@ -125,7 +127,8 @@ impl Archive {
     }
 
     fn configuration(&self) -> String {
-        let folder = self.folder.display();
+        let Self { folder, arch } = self;
+        let folder = folder.display();
         // The machine's apt.conf.d stays in force, since it may name a proxy, but for its hooks.
         format!(
             "Dir::State \"{folder}\";\n\
@@ -135,8 +138,8 @@ impl Archive {
              Dir::Etc::sourcelist \"{folder}/sources.list\";\n\
              Dir::Etc::sourceparts \"{folder}/parts\";\n\
              Dir::Etc::preferencesparts \"{folder}/parts\";\n\
-             APT::Architecture \"arm64\";\n\
-             APT::Architectures {{ \"arm64\"; }};\n\
+             APT::Architecture \"{arch}\";\n\
+             APT::Architectures {{ \"{arch}\"; }};\n\
              APT::Sandbox::User \"\";\n\
              #clear APT::Update::Post-Invoke;\n\
              Acquire::Languages \"none\";\n\

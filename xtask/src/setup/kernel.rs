@@ -1,4 +1,4 @@
-//! The testbed's kernel: Debian's, unpacked into the cache.
+//! Debian's kernels, unpacked into the cache.
 
 use std::fs;
 use std::path::Path;
@@ -8,11 +8,11 @@ use anyhow::{Context, Result, bail};
 
 use super::{Need, debian::Archive};
 use crate::command;
-use crate::kernel::{Kernel, MODULES, Series};
+use crate::kernel::{Flavour, Kernel, Package};
 
-impl Need for Series {
+impl Need for Package {
     fn name(&self) -> String {
-        format!("arm64 Linux {self} and busybox for the testbed")
+        format!("{self}, and busybox")
     }
 
     fn found(&self) -> Result<Option<String>> {
@@ -26,8 +26,8 @@ impl Need for Series {
     }
 
     fn install(&self) -> Result<()> {
-        let archive = Archive::open()?;
-        let package = archive.resolve("linux-image-arm64", &format!("{self}."))?;
+        let archive = Archive::open(self.arch.debian())?;
+        let package = archive.resolve(&self.metapackage(), &format!("{}.", self.series))?;
         let folder = self.folder()?;
         let staging = folder.with_extension("new");
         let _ = fs::remove_dir_all(&staging);
@@ -47,7 +47,7 @@ impl Need for Series {
             &staging.join("config"),
         )?;
         rename(&busybox(&unpacked)?, &staging.join("busybox"))?;
-        decompress_modules(&unpacked, &staging.join("modules"))?;
+        decompress_modules(*self, &unpacked, &staging.join("modules"))?;
         fs::remove_dir_all(&unpacked).context("cannot remove what was unpacked")?;
         fs::write(staging.join("version"), format!("{release}\n"))?;
         // Only a whole folder gets the final name, so an interrupted setup leaves none behind.
@@ -70,12 +70,12 @@ fn busybox(unpacked: &Path) -> Result<std::path::PathBuf> {
         .context("the package busybox-static has no bin/busybox")
 }
 
-/// Finds the modules in `MODULES` below `unpacked` and writes them uncompressed: busybox's insmod
-/// cannot decompress them, and the testbed would take long to do so.
-fn decompress_modules(unpacked: &Path, target: &Path) -> Result<()> {
+/// Finds the modules that `package` is to have below `unpacked` and writes them uncompressed:
+/// busybox's insmod cannot decompress them, and the testbed would take long to do so.
+fn decompress_modules(package: Package, unpacked: &Path, target: &Path) -> Result<()> {
     fs::create_dir_all(target).with_context(|| format!("cannot create {}", target.display()))?;
     let files = command::output(Command::new("find").arg(unpacked).args(["-name", "*.ko*"]))?;
-    for name in MODULES {
+    for name in package.modules() {
         let named = |file: &&str| {
             let file = file.rsplit('/').next().unwrap_or_default();
             file == format!("{name}.ko") || file == format!("{name}.ko.xz")
@@ -96,7 +96,7 @@ fn decompress_modules(unpacked: &Path, target: &Path) -> Result<()> {
                 .stdout(Stdio::from(output)),
         )?;
     }
-    if !target.join("9p.ko").is_file() {
+    if package.flavour == Flavour::Generic && !target.join("9p.ko").is_file() {
         bail!("the kernel's package has no 9p module: the testbed could not share files");
     }
     Ok(())

@@ -88,7 +88,7 @@ impl Need for TestbedCompiler {
                 .with_context(|| format!("cannot create {}", root.display()))?;
             // A library is of use to the very compiler that built it; rebuilds add a suffix.
             let version = debian::installed_version("rustc-web").unwrap_or_default();
-            Archive::open()?.unpack(&format!("libstd-rust-web-dev={version}*"), &root)?;
+            Archive::open("arm64")?.unpack(&format!("libstd-rust-web-dev={version}*"), &root)?;
         }
         verify(Choice::for_testbed(), "the testbed's programs")
     }
