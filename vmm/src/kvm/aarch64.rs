@@ -2,6 +2,7 @@
 
 use kvm_bindings::{KVM_REG_SIZE_MASK, KVM_REG_SIZE_SHIFT, RegList, kvm_mp_state};
 
+use super::irq::BoardRoute;
 use super::{Error, Result, Vcpu, Vm};
 
 pub use kvm_bindings::{kvm_vcpu_events as VcpuEvents, kvm_vcpu_init as VcpuInit};
@@ -17,7 +18,21 @@ pub fn register_size(id: u64) -> usize {
 /// Bytes of the longest register that an id can name: 2048 bits.
 pub const REGISTER_MAX: usize = 256;
 
+/// Shared interrupts that KVM gives GSIs of their own numbers: those of the smallest GIC.
+const SHARED: usize = 32;
+
 impl Vm {
+    /// GSI n is pin n of the GIC's shared interrupts, as KVM sets it up.
+    pub(super) const BOARD_ROUTES: [BoardRoute; SHARED] = {
+        let mut routes = [(0, 0, 0); SHARED];
+        let mut pin = 0;
+        while pin < SHARED {
+            routes[pin] = (pin as u32, 0, pin as u32);
+            pin += 1;
+        }
+        routes
+    };
+
     /// `KVM_CAP_MAX_VCPUS`: how many vCPUs a VM can have here.
     pub fn max_vcpus(&self) -> u32 {
         self.kvm.get_max_vcpus().try_into().unwrap_or(u32::MAX)

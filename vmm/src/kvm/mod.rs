@@ -6,6 +6,7 @@
 #![allow(unsafe_code)]
 
 mod device;
+mod irq;
 mod vcpu;
 mod vm;
 
@@ -17,6 +18,7 @@ mod x86_64;
 #[cfg(target_arch = "aarch64")]
 pub use aarch64::{REGISTER_MAX, VcpuEvents, VcpuInit, register_size};
 pub use device::Device;
+pub use irq::MsiRoute;
 pub use vcpu::{Exit, Kick, Vcpu};
 pub use vm::{Slot, Vm};
 

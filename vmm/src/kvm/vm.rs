@@ -2,7 +2,6 @@
 
 use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_create_device, kvm_userspace_memory_region};
 use kvm_ioctls::{Cap, Kvm, VmFd};
-use vmm_sys_util::eventfd::EventFd;
 
 use super::{Device, Error, Result, Vcpu};
 
@@ -84,14 +83,6 @@ impl Vm {
             .create_vcpu(index)
             .map_err(|e| Error::new("KVM_CREATE_VCPU", format!("vCPU {index}"), e))?;
         Ok(Vcpu::new(fd, index))
-    }
-
-    /// `KVM_IRQFD`: a write to `irqfd` pulses the interrupt `gsi`. The in-kernel interrupt
-    /// controller must be ready.
-    pub fn register_irqfd(&self, irqfd: &EventFd, gsi: u32) -> Result<()> {
-        self.fd
-            .register_irqfd(irqfd, gsi)
-            .map_err(|e| Error::new("KVM_IRQFD", format!("GSI {gsi}"), e))
     }
 
     /// `KVM_CREATE_DEVICE` of the kind `kind`, a `KVM_DEV_TYPE_*`; `name` stands in errors.

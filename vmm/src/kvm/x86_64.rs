@@ -1,18 +1,45 @@
 //! The ioctls that only x86-64 has.
 
 use kvm_bindings::{
-    CpuId, KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, Msrs, Xsave, kvm_clock_data,
-    kvm_cpuid_entry2, kvm_debugregs, kvm_irqchip, kvm_lapic_state, kvm_mp_state, kvm_msr_entry,
-    kvm_pit_config, kvm_pit_state2, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
+    CpuId, KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE,
+    KVM_MAX_CPUID_ENTRIES, KVM_PIT_SPEAKER_DUMMY, Msrs, Xsave, kvm_clock_data, kvm_cpuid_entry2,
+    kvm_debugregs, kvm_irqchip, kvm_lapic_state, kvm_mp_state, kvm_msr_entry, kvm_pit_config,
+    kvm_pit_state2, kvm_regs, kvm_sregs, kvm_vcpu_events, kvm_xcrs, kvm_xsave,
 };
 use kvm_ioctls::Cap;
 
+use super::irq::BoardRoute;
 use super::{Error, Result, Vcpu, Vm};
 
 /// 32-bit words of `struct kvm_xsave` before its flexible member.
 const XSAVE_WORDS: usize = size_of::<kvm_xsave>() / size_of::<u32>();
 
+/// Pins of the two PICs and of the I/O APIC.
+const PIC_PINS: u32 = 16;
+const IOAPIC_PINS: u32 = 24;
+
 impl Vm {
+    /// GSI n is pin n of the I/O APIC and, up to 15, of the PICs too, as KVM sets it up.
+    pub(super) const BOARD_ROUTES: [BoardRoute; (PIC_PINS + IOAPIC_PINS) as usize] = {
+        let mut routes = [(0, KVM_IRQCHIP_IOAPIC, 0); (PIC_PINS + IOAPIC_PINS) as usize];
+        let mut pin = 0;
+        while pin < IOAPIC_PINS {
+            routes[pin as usize] = (pin, KVM_IRQCHIP_IOAPIC, pin);
+            pin += 1;
+        }
+        let mut pin = 0;
+        while pin < PIC_PINS {
+            let chip = if pin < PIC_PINS / 2 {
+                KVM_IRQCHIP_PIC_MASTER
+            } else {
+                KVM_IRQCHIP_PIC_SLAVE
+            };
+            routes[(IOAPIC_PINS + pin) as usize] = (pin, chip, pin % (PIC_PINS / 2));
+            pin += 1;
+        }
+        routes
+    };
+
     /// Creates the PICs, the I/O APIC and, with each vCPU from now on, a local APIC; and the PIT.
     /// `KVM_SET_TSS_ADDR` and `KVM_SET_IDENTITY_MAP_ADDR` first take the pages at `tss` (three)
     /// and `identity_map` (one), which Intel CPUs without unrestricted guests need for real mode;

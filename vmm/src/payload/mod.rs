@@ -16,8 +16,9 @@ use object::elf::{self, FileHeader64, ProgramHeader64};
 use object::read::elf::{FileHeader, ProgramHeader};
 use object::read::{ReadCache, ReadRef};
 use object::{Endian, LittleEndian};
-use vm_memory::{Bytes, GuestAddress, GuestMemory, GuestMemoryMmap, Permissions};
+use vm_memory::{Bytes, GuestAddress, GuestMemory, Permissions};
 
+use crate::memory::RamMap;
 use crate::probes::Errno;
 
 /// What kind of payload a machine takes, and where it may lie.
@@ -88,7 +89,7 @@ impl Errno for Error {
 ///
 /// # Errors
 /// When the file can't be read, is damaged, is for another machine, or has no place in `mem`.
-pub fn load_elf_or_flat(mem: &GuestMemoryMmap, path: &Path, target: &Target) -> Result<u64, Error> {
+pub fn load_elf_or_flat(mem: &RamMap, path: &Path, target: &Target) -> Result<u64, Error> {
     let file_error = |source| Error::File {
         path: path.to_owned(),
         source,
@@ -115,7 +116,7 @@ pub fn load_elf_or_flat(mem: &GuestMemoryMmap, path: &Path, target: &Target) -> 
 ///
 /// # Errors
 /// When the page does not lie in `mem`.
-pub fn write_boot_page(mem: &GuestMemoryMmap, gpa: u64, page: &BootPage) -> Result<(), Error> {
+pub fn write_boot_page(mem: &RamMap, gpa: u64, page: &BootPage) -> Result<(), Error> {
     Ok(mem.write_slice(&boot_page_bytes(page), GuestAddress(gpa))?)
 }
 
@@ -136,7 +137,7 @@ pub fn boot_cmdline(text: &str) -> Result<(u64, [u8; CMDLINE_MAX + 1]), Error> {
     Ok((text.len() as u64, cmdline))
 }
 
-fn load_elf(mem: &GuestMemoryMmap, file: &mut File, target: &Target) -> Result<u64, Error> {
+fn load_elf(mem: &RamMap, file: &mut File, target: &Target) -> Result<u64, Error> {
     let cache = ReadCache::new(&*file);
     let (entry, segments) = parse_elf(&cache, target)?;
     for segment in &segments {
@@ -218,7 +219,7 @@ fn segment<E: Endian>(ph: &ProgramHeader64<E>, endian: E) -> Result<Segment, Err
 
 /// Reads `bytes` of the file to `gpa`, where they take `size` bytes of memory.
 fn load_range(
-    mem: &GuestMemoryMmap,
+    mem: &RamMap,
     file: &mut File,
     bytes: Range<u64>,
     gpa: u64,

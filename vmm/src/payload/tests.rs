@@ -66,8 +66,8 @@ impl Elf {
     }
 }
 
-fn load(file: &[u8]) -> Result<(u64, GuestMemoryMmap), Error> {
-    let mem = GuestMemoryMmap::from_ranges(&[(GuestAddress(0), RAM as usize)]).unwrap();
+fn load(file: &[u8]) -> Result<(u64, RamMap), Error> {
+    let mem = RamMap::from_ranges(&[(GuestAddress(0), RAM as usize)]).unwrap();
     let dir = tempfile::tempdir().unwrap();
     let path = dir.path().join("payload");
     std::fs::write(&path, file).unwrap();

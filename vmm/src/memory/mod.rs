@@ -2,8 +2,15 @@
 //!
 //! The memfd is called `blackout-ram`, so that an outside observer finds it under `/proc/PID/fd`;
 //! its pages lie in the order of the regions. The guest writes this memory at any time, so nothing
-//! here hands out a reference into it: bytes are copied in and out.
+//! here hands out a reference into it: bytes are copied in and out, or moved by the kernel between
+//! RAM and a file (`transfer.rs`, `ring.rs`).
+//!
+//! Two logs say which pages were written: KVM's, of what the guest writes, and the map's own, of
+//! what devices write. [`GuestRam::take_dirty`] reads both.
 #![allow(unsafe_code)]
+
+pub mod ring;
+pub mod transfer;
 
 use std::fs::File;
 use std::io;
@@ -13,6 +20,7 @@ use nix::errno::Errno as Code;
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::unistd::{Whence, lseek};
+use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::mmap::FromRangesError;
 use vm_memory::{
     Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap,
@@ -21,6 +29,9 @@ use vm_memory::{
 
 use crate::kvm::{self, Slot, Vm};
 use crate::probes::Errno;
+
+/// The mapping of guest RAM, with the log of what devices write.
+pub type RamMap = GuestMemoryMmap<AtomicBitmap>;
 
 /// The page size of every dirty log and of the migration stream. Both architectures run 4 KiB.
 pub const PAGE_SIZE: u64 = 4096;
@@ -52,6 +63,12 @@ pub enum Error {
         /// What vm-memory said.
         source: GuestMemoryError,
     },
+    /// One transfer over too many pieces.
+    #[error(
+        "a transfer over more than {} pieces of guest RAM",
+        transfer::PIECES_MAX
+    )]
+    Pieces,
     /// Pages could not be given back to the kernel.
     #[error("zeroing {1} bytes at guest-physical {0:#x}")]
     Zero(u64, u64, #[source] io::Error),
@@ -66,7 +83,7 @@ pub enum Error {
 impl Errno for Error {
     fn errno(&self) -> i32 {
         match self {
-            Error::Layout { .. } => libc::EINVAL,
+            Error::Layout { .. } | Error::Pieces => libc::EINVAL,
             Error::Memfd(_, source) | Error::Zero(_, _, source) | Error::Extents(source) => {
                 source.errno()
             }
@@ -89,7 +106,7 @@ pub struct PageRun {
 /// Guest RAM.
 #[derive(Clone, Debug)]
 pub struct GuestRam {
-    mem: GuestMemoryMmap,
+    mem: Arc<RamMap>,
     slots: Arc<[Slot]>,
 }
 
@@ -113,7 +130,7 @@ impl GuestRam {
                 Some(file),
             )
         });
-        let mem = GuestMemoryMmap::from_ranges_with_files(ranges).map_err(Error::Map)?;
+        let mem = RamMap::from_ranges_with_files(ranges).map_err(Error::Map)?;
         let slots = mem.iter().zip(0u32..).map(|(region, id)| Slot {
             id,
             gpa: region.start_addr().0,
@@ -121,11 +138,14 @@ impl GuestRam {
             hva: region.as_ptr().expose_provenance() as u64,
         });
         let slots = slots.collect();
-        Ok(GuestRam { mem, slots })
+        Ok(GuestRam {
+            mem: Arc::new(mem),
+            slots,
+        })
     }
 
     /// The memory itself, for loaders and devices.
-    pub fn mem(&self) -> &GuestMemoryMmap {
+    pub fn mem(&self) -> &RamMap {
         &self.mem
     }
 
@@ -144,12 +164,16 @@ impl GuestRam {
         self.set_dirty_log(vm, false)
     }
 
-    /// Switches the dirty log of every slot. Switched on, it starts empty.
+    /// Switches the dirty log of every slot. Switched on, it starts empty. What devices write is
+    /// logged at all times: that costs them less than to ask.
     pub fn set_dirty_log(&self, vm: &Vm, on: bool) -> Result<(), Error> {
         for slot in self.slots.iter() {
             // SAFETY: the mapping of `slot` is `self.mem`'s, which machine.rs keeps alive as long
             // as the VM; it is only ever reached through vm-memory's volatile accesses.
             unsafe { vm.set_memory_slot(slot, on) }?;
+        }
+        for region in self.mem.iter().filter(|_| on) {
+            region.get_mmap().bitmap().reset();
         }
         Ok(())
     }
@@ -157,13 +181,13 @@ impl GuestRam {
     /// The pages written since the last call, in address order; the log is clear afterwards.
     pub fn take_dirty(&self, vm: &Vm) -> Result<Vec<PageRun>, Error> {
         let mut runs = Vec::new();
-        for slot in self.slots.iter() {
-            push_runs(
-                &mut runs,
-                slot.gpa,
-                slot.size / PAGE_SIZE,
-                &vm.dirty_log(slot)?,
-            );
+        for (slot, region) in self.slots.iter().zip(self.mem.iter()) {
+            let mut pages = vm.dirty_log(slot)?;
+            let by_devices = region.get_mmap().bitmap().get_and_reset();
+            for (all, word) in pages.iter_mut().zip(by_devices) {
+                *all |= word;
+            }
+            push_runs(&mut runs, slot.gpa, slot.size / PAGE_SIZE, &pages);
         }
         Ok(runs)
     }
