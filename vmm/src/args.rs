@@ -8,20 +8,38 @@ use blackout_abi::guest::{CMDLINE_MAX, MAX_VCPUS};
 use clap::Parser;
 use clap::error::ErrorKind;
 use vmm::migration::uri;
+use vmm::payload::{Linux, Program};
 use vmm::qmp::Address;
 
 /// A KVM virtual machine monitor whose live migration can be seen through
 #[derive(Debug, Parser)]
 #[command(name = "blackout-vmm", version, after_help = EXIT_STATUS)]
 pub(crate) struct Args {
-    /// Program to boot: ELF, flat binary, or arm64 Image; a destination needs none
+    /// Bare-metal program to boot: ELF or flat binary
     #[arg(
         long,
         value_name = "FILE",
-        required_unless_present = "incoming",
-        help_heading = "Machine"
+        required_unless_present_any = ["kernel", "incoming"],
+        help_heading = "Guest"
     )]
     pub(crate) payload: Option<PathBuf>,
+
+    /// Linux kernel to boot: arm64 Image, also in gzip or EFI zboot; x86-64 bzImage or vmlinux
+    #[arg(
+        long,
+        value_name = "FILE",
+        conflicts_with = "payload",
+        help_heading = "Guest"
+    )]
+    pub(crate) kernel: Option<PathBuf>,
+
+    /// Linux's initial RAM disk
+    #[arg(long, value_name = "FILE", requires = "kernel", help_heading = "Guest")]
+    pub(crate) initrd: Option<PathBuf>,
+
+    /// Command line for the guest
+    #[arg(long, value_name = "TEXT", default_value = "", value_parser = cmdline, help_heading = "Guest")]
+    pub(crate) cmdline: String,
 
     /// Guest RAM, as 128M or 4G
     #[arg(
@@ -35,10 +53,6 @@ pub(crate) struct Args {
     /// vCPUs
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=MAX_VCPUS as i64), help_heading = "Machine")]
     pub(crate) cpus: u32,
-
-    /// Command line for the guest
-    #[arg(long, value_name = "TEXT", default_value = "", value_parser = cmdline, help_heading = "Machine")]
-    pub(crate) cmdline: String,
 
     /// Name of the VM, for query-name
     #[arg(long, value_name = "NAME", help_heading = "Machine")]
@@ -76,6 +90,18 @@ pub(crate) struct Args {
     /// What to log to stderr, as debug or vmm=trace [default: RUST_LOG, or warn]
     #[arg(long, value_name = "FILTER", help_heading = "Diagnostics")]
     pub(crate) log: Option<String>,
+}
+
+impl Args {
+    /// What to boot, if anything.
+    pub(crate) fn program(&self) -> Option<Program> {
+        let payload = self.payload.clone().map(Program::Payload);
+        let linux = |kernel| {
+            let initrd = self.initrd.clone();
+            Program::Linux(Linux { kernel, initrd })
+        };
+        payload.or_else(|| self.kernel.clone().map(linux))
+    }
 }
 
 const EXIT_STATUS: &str = "Exit status: 0 when the guest shut down or the monitor was told to \
@@ -200,6 +226,14 @@ mod tests {
     fn what_is_wrong_is_said_in_one_line() {
         let rows = [
             ("", "required arguments were not provided: --payload <FILE>"),
+            (
+                "--initrd x",
+                "required arguments were not provided: --kernel <FILE>",
+            ),
+            (
+                "--payload x --kernel y",
+                "cannot be used with '--kernel <FILE>'",
+            ),
             (
                 "--payload x --memory 128",
                 "'128' for '--memory <SIZE>': it has no unit",

@@ -10,7 +10,8 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use nix::sys::socket::{MsgFlags, send};
-use vmm::devices::serial::{Output, Serial};
+use vmm::arch::Uart;
+use vmm::devices::serial::Output;
 use vmm::socket::{self, SocketFile};
 
 use crate::args::Console;
@@ -57,7 +58,7 @@ pub(crate) fn open(console: &Console) -> Result<(Output, Input)> {
 impl Input {
     /// Starts to give the guest what comes in. The console's socket, if it has one, is removed
     /// when what is returned is dropped.
-    pub(crate) fn feed(self, serial: Serial) -> io::Result<Option<SocketFile>> {
+    pub(crate) fn feed(self, serial: Uart) -> io::Result<Option<SocketFile>> {
         let (body, file): (Box<dyn FnOnce() + Send>, _) = match self {
             Input::None => return Ok(None),
             Input::Stdin => (Box::new(move || copy(io::stdin(), &serial)), None),
@@ -74,7 +75,7 @@ impl Input {
 }
 
 /// One client after the other.
-fn serve(listener: &UnixListener, client: &Client, serial: &Serial) {
+fn serve(listener: &UnixListener, client: &Client, serial: &Uart) {
     let set = |stream| *client.lock().unwrap_or_else(PoisonError::into_inner) = stream;
     while let Ok((stream, _)) = listener.accept() {
         match stream.try_clone() {
@@ -90,7 +91,7 @@ fn serve(listener: &UnixListener, client: &Client, serial: &Serial) {
 }
 
 /// Until `from` ends. What the guest has no room for waits here.
-fn copy(mut from: impl Read, serial: &Serial) {
+fn copy(mut from: impl Read, serial: &Uart) {
     let mut bytes = [0; 256];
     while let Ok(count @ 1..) = from.read(&mut bytes) {
         let mut left = bytes.get(..count).unwrap_or_default();

@@ -89,5 +89,5 @@ pub fn vm_start(machine: &mut Machine) -> Result<(), Error> {
 
 /// Waits for the I/O that the guest has started.
 fn drain(machine: &Machine) -> Result<(), Error> {
-    probes::drain().run(|_| machine.serial.flush().map_err(Error::Drain))
+    probes::drain().run(|_| machine.serial().flush().map_err(Error::Drain))
 }

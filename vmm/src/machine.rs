@@ -2,18 +2,15 @@
 //! it starts and stops.
 
 use std::io;
-use std::path::PathBuf;
 use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use vmm_sys_util::eventfd::EventFd;
-
 use crate::arch::{self, Mapped};
 use crate::devices::DeviceState;
-use crate::devices::bus::Shared;
-use crate::devices::serial::{Output, Serial};
+use crate::devices::serial::Output;
 use crate::kvm::{self, Vcpu, Vm};
 use crate::memory::{self, GuestRam};
+use crate::payload::Program;
 use crate::probes::{self, Errno};
 use crate::runstate::{Event, EventSender, IllegalTransition, NotifyList, Request, RunState};
 use crate::vcpu::{Buses, Vcpus};
@@ -27,8 +24,8 @@ pub struct Config {
     pub ram_size: u64,
     /// vCPUs.
     pub vcpus: u32,
-    /// The program to boot; none for a destination, whose program comes with the RAM.
-    pub payload: Option<PathBuf>,
+    /// What to boot; nothing on a destination, whose program comes with the RAM.
+    pub program: Option<Program>,
     /// The guest's command line.
     pub cmdline: String,
     /// Where the guest's console output goes.
@@ -47,9 +44,6 @@ pub enum Error {
     /// Interrupt controller, boot state, or payload.
     #[error(transparent)]
     Arch(#[from] arch::Error),
-    /// The console's interrupt.
-    #[error("the console's irqfd")]
-    Irqfd(#[source] io::Error),
     /// The vCPUs' threads.
     #[error("vCPU threads")]
     Threads(#[source] io::Error),
@@ -61,7 +55,7 @@ impl Errno for Error {
             Error::Kvm(source) => source.errno(),
             Error::Memory(source) => source.errno(),
             Error::Arch(source) => source.errno(),
-            Error::Irqfd(source) | Error::Threads(source) => source.errno(),
+            Error::Threads(source) => source.errno(),
         }
     }
 }
@@ -70,7 +64,7 @@ impl Errno for Error {
 pub struct Machine {
     pub(crate) vcpus: Vcpus,
     pub(crate) handlers: NotifyList,
-    pub(crate) serial: Serial,
+    pub(crate) board: arch::Board,
     devices: Vec<Box<dyn DeviceState>>,
     irqchip: arch::Irqchip,
     state: RunState,
@@ -97,20 +91,20 @@ impl Machine {
         let mut irqchip = arch::Irqchip::create(&vm, config.vcpus)?;
         let vcpus = create_vcpus(&vm, config.vcpus)?;
         irqchip.init(&vcpus)?;
-        if let Some(payload) = &config.payload {
+        if let Some(program) = &config.program {
             let boot = arch::BootParams {
                 vcpus: config.vcpus,
                 cmdline: &config.cmdline,
             };
-            let entry = arch::load_payload(&ram, payload, &boot)?;
+            let entry = arch::load(&ram, program, &boot)?;
             if let Some(first) = vcpus.first() {
                 let mut first = first.lock().unwrap_or_else(PoisonError::into_inner);
                 arch::set_entry(&mut first, &entry)?;
             }
         }
 
-        let serial = console(&vm, config.console)?;
-        let buses = buses(&serial, requests);
+        let board = arch::Board::new(&vm, config.console, requests)?;
+        let buses = buses(&board);
 
         let mut handlers = NotifyList::default();
         for handler in irqchip.handlers(&vcpus) {
@@ -122,14 +116,14 @@ impl Machine {
             devices.push(arch::vcpu_state(&vm, Arc::clone(vcpu))?);
         }
         devices.extend(irqchip.devices());
-        devices.push(Box::new(serial.clone()));
+        devices.extend(board.devices());
 
         let vcpus = Vcpus::spawn(vcpus, &Arc::new(buses), requests).map_err(Error::Threads)?;
         let state = RunState::Prelaunch;
         Ok(Machine {
             vcpus,
             handlers,
-            serial,
+            board,
             devices,
             irqchip,
             state,
@@ -198,8 +192,8 @@ impl Machine {
     }
 
     /// The console, for input.
-    pub fn serial(&self) -> &Serial {
-        &self.serial
+    pub fn serial(&self) -> &arch::Uart {
+        self.board.serial()
     }
 
     /// Tells whoever watches.
@@ -217,28 +211,16 @@ fn create_vcpus(vm: &Vm, count: u32) -> Result<Vec<Arc<Mutex<Vcpu>>>, Error> {
     (0..count).map(create).collect()
 }
 
-fn console(vm: &Vm, output: Output) -> Result<Serial, Error> {
-    let irqfd = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(Error::Irqfd)?;
-    vm.register_irqfd(&irqfd, arch::SERIAL.gsi)?;
-    Ok(Serial::new(irqfd, output))
-}
-
 /// Everything that an exit can reach.
-fn buses(serial: &Serial, requests: &Sender<Request>) -> Buses {
+fn buses(board: &arch::Board) -> Buses {
     let mut buses = Buses::default();
-    let console: Shared = Arc::new(Mutex::new(serial.clone()));
-    let mut insert = |pio, base, size, device| {
-        let bus = if pio { &mut buses.pio } else { &mut buses.mmio };
-        bus.insert(base, size, device);
-    };
-    insert(
-        arch::SERIAL.pio,
-        arch::SERIAL.base,
-        arch::SERIAL.size,
-        console,
-    );
-    for board in arch::platform_devices(requests) {
-        insert(board.pio, board.base, board.size, board.device);
+    for found in board.on_bus() {
+        let bus = if found.pio {
+            &mut buses.pio
+        } else {
+            &mut buses.mmio
+        };
+        bus.insert(found.base, found.size, found.device);
     }
     buses
 }

@@ -39,7 +39,7 @@ fn run(args: Args) -> Result<()> {
     let config = Config {
         ram_size: args.memory.0,
         vcpus: args.cpus,
-        payload: args.payload.filter(|_| args.incoming.is_none()),
+        program: args.program().filter(|_| args.incoming.is_none()),
         cmdline: args.cmdline,
         console: output,
     };

@@ -119,7 +119,8 @@ impl Package {
     /// that lacks it, does without: 6.1 splits fscache from netfs, and 6.12 has virtio-pci built in.
     pub(crate) fn modules(self) -> impl Iterator<Item = &'static str> {
         let last: &[&str] = match (self.flavour, self.arch) {
-            (Flavour::Generic, Arch::Aarch64) => &[],
+            // The power button of guests that boot the same kernel.
+            (Flavour::Generic, Arch::Aarch64) => &["evdev", "gpio_keys"],
             (Flavour::Generic, Arch::X86_64) => &["irqbypass", "kvm", "ccp", "kvm-amd"],
             (Flavour::Cloud, _) => &GUEST_MODULES,
         };
@@ -165,7 +166,7 @@ const MODULES: [&str; 14] = [
 ];
 
 /// Modules that only guests load: the drivers of the monitor's other devices.
-const GUEST_MODULES: [&str; 8] = [
+const GUEST_MODULES: [&str; 7] = [
     "virtio_blk",
     "rng-core",
     "virtio-rng",
@@ -173,7 +174,6 @@ const GUEST_MODULES: [&str; 8] = [
     "vmw_vsock_virtio_transport_common",
     "vmw_vsock_virtio_transport",
     "evdev",
-    "gpio_keys",
 ];
 
 /// A kernel that is there to be booted, with the static busybox that goes with it.

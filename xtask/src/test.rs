@@ -12,7 +12,7 @@ use crate::artifacts::{self, Platform};
 use crate::kernel::{Arch, Kernel, Package, Series};
 use crate::setup::{self, Purpose};
 use crate::testbed::{STARTED_AGAIN, Testbed};
-use crate::{command, paths};
+use crate::{command, linux, paths};
 
 /// Longer than any part takes on two slow cores; a test that hangs ends here.
 const TIMEOUT: Duration = Duration::from_secs(1800);
@@ -115,6 +115,8 @@ fn testbed_tests(arguments: &Arguments, tally: &mut Tally) -> Result<()> {
         "test",
     )
     .programs(&artifacts::build(Platform::Testbed)?)
+    .shared(&linux::prepare(Arch::Aarch64)?, "linux")?
+    .env(linux::VARIABLE, "/share/linux")
     .env("BLACKOUT_SLOW", slow(arguments));
     for (name, program) in artifacts::build_tests(Platform::Testbed)? {
         testbed = testbed.file(program, format!("/tests/{name}"));

@@ -1,6 +1,5 @@
 //! `cargo xtask testbed`: a shell, or one command, on emulated arm64 with KVM and an ITS.
 
-mod initramfs;
 mod machine;
 
 use std::io::{self, Write};
@@ -11,6 +10,7 @@ use anyhow::{Context, Result};
 pub(crate) use self::machine::{Mode, STARTED_AGAIN, Testbed};
 use crate::artifacts::{self, Platform};
 use crate::kernel::{Arch, Kernel, Package, Series};
+use crate::linux;
 use crate::setup::{self, Purpose};
 
 /// Arguments of `cargo xtask testbed`.
@@ -28,6 +28,9 @@ pub(crate) struct Arguments {
     /// Put a file of this machine into the testbed (repeatable).
     #[arg(long, value_name = "HOST=GUEST")]
     file: Vec<String>,
+    /// Show it the tests' Linux guests, as /share/linux.
+    #[arg(long)]
+    linux: bool,
     /// The testbed's memory in MiB.
     #[arg(long, default_value_t = 2048)]
     memory: u32,
@@ -59,6 +62,11 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
     });
     if !arguments.no_build {
         testbed = testbed.programs(&artifacts::build(Platform::Testbed)?);
+    }
+    if arguments.linux {
+        testbed = testbed
+            .shared(&linux::prepare(Arch::Aarch64)?, "linux")?
+            .env(linux::VARIABLE, "/share/linux");
     }
     for file in &arguments.file {
         let (host, guest) = file

@@ -1,4 +1,4 @@
-//! The console: a 16550, of which only the transmit register is used.
+//! The console, of which only the transmit register is used: the first of a 16550, and of a PL011.
 
 use core::fmt;
 

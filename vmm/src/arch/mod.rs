@@ -8,26 +8,13 @@ mod imp;
 mod imp;
 
 pub use imp::{
-    Entry, Error, Irqchip, NAME, PCI, SERIAL, init_vcpu, load_payload, platform_devices,
-    ram_layout, set_entry, vcpu_state,
+    Board, Entry, Error, Irqchip, NAME, PCI, Uart, init_vcpu, load, ram_layout, set_entry,
+    vcpu_state,
 };
 
 use std::ops::Range;
 
 use crate::devices::bus;
-
-/// Where the serial console is.
-#[derive(Clone, Copy, Debug)]
-pub struct Serial {
-    /// Its first address: MMIO, or an I/O port when `pio`.
-    pub base: u64,
-    /// Bytes of its range.
-    pub size: u64,
-    /// Whether `base` is a port.
-    pub pio: bool,
-    /// The GSI of its interrupt, for an irqfd.
-    pub gsi: u32,
-}
 
 /// Where the PCI host bridge's windows are, guest-physical.
 #[derive(Clone, Debug)]
@@ -41,6 +28,7 @@ pub struct PciWindows {
 }
 
 /// A device that belongs to the architecture's board, and where it is.
+#[derive(Clone)]
 pub struct BoardDevice {
     /// Its first address: MMIO, or an I/O port when `pio`.
     pub base: u64,
@@ -52,7 +40,7 @@ pub struct BoardDevice {
     pub device: bus::Shared,
 }
 
-/// What the boot page tells the guest, besides what the architecture knows itself.
+/// What a program is told of its machine, besides what the architecture knows itself.
 #[derive(Clone, Copy, Debug)]
 pub struct BootParams<'a> {
     /// vCPUs of the machine.

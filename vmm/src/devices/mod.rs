@@ -1,6 +1,10 @@
 //! What devices have in common: how the bus reaches them, and how their state migrates.
 
 pub mod bus;
+pub mod line;
+pub mod pl011;
+pub mod pl031;
+pub mod pl061;
 pub mod serial;
 
 use std::ffi::CStr;

@@ -1,4 +1,4 @@
-//! The serial console: a 16550A (vm-superio) on an MMIO range or on I/O ports.
+//! The x86-64 serial console: a 16550A (vm-superio) on I/O ports.
 
 use std::ffi::CStr;
 use std::io::{self, Write};

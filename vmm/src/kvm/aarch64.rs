@@ -1,6 +1,9 @@
 //! The ioctls that only arm64 has.
 
-use kvm_bindings::{KVM_REG_SIZE_MASK, KVM_REG_SIZE_SHIFT, RegList, kvm_mp_state};
+use kvm_bindings::{
+    KVM_ARM_IRQ_TYPE_SHIFT, KVM_ARM_IRQ_TYPE_SPI, KVM_REG_SIZE_MASK, KVM_REG_SIZE_SHIFT, RegList,
+    kvm_mp_state,
+};
 
 use super::irq::BoardRoute;
 use super::{Error, Result, Vcpu, Vm};
@@ -45,6 +48,18 @@ impl Vm {
             .get_preferred_target(&mut init)
             .map_err(|e| Error::new("KVM_ARM_PREFERRED_TARGET", "", e))?;
         Ok(init)
+    }
+}
+
+impl Vm {
+    /// `KVM_IRQ_LINE`: raises or lowers the line of the shared interrupt `spi`, counted from 0. The
+    /// GIC must be initialised.
+    pub fn set_spi(&self, spi: u32, level: bool) -> Result<()> {
+        // The field has the interrupt's number as the GIC counts, private ones included.
+        let irq = KVM_ARM_IRQ_TYPE_SPI << KVM_ARM_IRQ_TYPE_SHIFT | (spi + 32);
+        self.fd
+            .set_irq_line(irq, level)
+            .map_err(|e| Error::new("KVM_IRQ_LINE", format!("SPI {spi}"), e))
     }
 }
 

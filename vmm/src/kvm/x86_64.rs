@@ -162,6 +162,15 @@ macro_rules! state {
     };
 }
 
+impl Vm {
+    /// `KVM_IRQ_LINE`: raises or lowers the line `gsi` of the PICs and the I/O APIC.
+    pub fn set_irq_line(&self, gsi: u32, level: bool) -> Result<()> {
+        self.fd
+            .set_irq_line(gsi, level)
+            .map_err(|e| Error::new("KVM_IRQ_LINE", format!("GSI {gsi}"), e))
+    }
+}
+
 impl Vcpu {
     state! {
         regs, set_regs: kvm_regs = "KVM_GET_REGS" get_regs, "KVM_SET_REGS" set_regs;

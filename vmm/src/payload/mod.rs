@@ -1,10 +1,12 @@
-//! Puts a guest's program into its RAM: an ELF64 executable, or a flat binary; and the boot page
-//! that tells it about its machine.
+//! Puts a guest's program into its RAM: a bare-metal one here, an ELF64 executable or a flat binary,
+//! with the boot page that tells it about its machine; Linux in `linux.rs`.
 //!
-//! `arch`'s `load_payload` calls this before the first vCPU runs, on RAM that is fresh and therefore
+//! `arch`'s `load` calls this before the first vCPU runs, on RAM that is fresh and therefore
 //! zero: what an ELF segment has in memory beyond its bytes in the file is left as it is. The file
 //! is not trusted: nothing is allocated on its say-so, and a segment is checked against the guest's
 //! RAM before a byte of it is read.
+
+pub mod linux;
 
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom};
@@ -20,6 +22,16 @@ use vm_memory::{Bytes, GuestAddress, GuestMemory, Permissions};
 
 use crate::memory::RamMap;
 use crate::probes::Errno;
+pub use linux::Linux;
+
+/// What a guest boots.
+#[derive(Clone, Debug)]
+pub enum Program {
+    /// A bare-metal program: ELF or flat.
+    Payload(PathBuf),
+    /// A Linux kernel.
+    Linux(Linux),
+}
 
 /// What kind of payload a machine takes, and where it may lie.
 #[derive(Clone, Debug)]

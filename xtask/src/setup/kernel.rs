@@ -16,11 +16,12 @@ impl Need for Package {
     }
 
     fn found(&self) -> Result<Option<String>> {
-        let version = self.folder()?.join("version");
-        if Kernel::find(*self).is_err() {
+        let folder = self.folder()?;
+        let wanted = fs::read_to_string(folder.join("wanted")).unwrap_or_default();
+        if Kernel::find(*self).is_err() || wanted != wanted_modules(*self) {
             return Ok(None);
         }
-        Ok(fs::read_to_string(version)
+        Ok(fs::read_to_string(folder.join("version"))
             .ok()
             .map(|version| version.trim().to_owned()))
     }
@@ -48,12 +49,18 @@ impl Need for Package {
         )?;
         rename(&busybox(&unpacked)?, &staging.join("busybox"))?;
         decompress_modules(*self, &unpacked, &staging.join("modules"))?;
+        fs::write(staging.join("wanted"), wanted_modules(*self))?;
         fs::remove_dir_all(&unpacked).context("cannot remove what was unpacked")?;
         fs::write(staging.join("version"), format!("{release}\n"))?;
         // Only a whole folder gets the final name, so an interrupted setup leaves none behind.
         let _ = fs::remove_dir_all(&folder);
         rename(&staging, &folder)
     }
+}
+
+/// Kept beside the modules, so that a longer list is noticed.
+fn wanted_modules(package: Package) -> String {
+    package.modules().map(|name| format!("{name}\n")).collect()
 }
 
 fn rename(from: &Path, to: &Path) -> Result<()> {

@@ -10,8 +10,7 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use super::initramfs::Initramfs;
-use crate::{artifacts::Artifacts, command, kernel::Kernel, paths};
+use crate::{artifacts::Artifacts, command, initramfs::Initramfs, kernel::Kernel, paths};
 
 /// What the testbed's clock counts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -86,6 +85,23 @@ impl Testbed {
             self = self.env(name, value);
         }
         self
+    }
+
+    /// Lets the testbed see `folder` of this machine, and what is in it, as `/share/NAME`: large files
+    /// that not every test needs.
+    pub(crate) fn shared(self, folder: &Path, name: &str) -> Result<Self> {
+        let target = self.share().join(name);
+        fs::create_dir_all(&target)
+            .with_context(|| format!("cannot create {}", target.display()))?;
+        for entry in fs::read_dir(folder)? {
+            let entry = entry.with_context(|| format!("cannot list {}", folder.display()))?;
+            let (file, copy) = (entry.path(), target.join(entry.file_name()));
+            let _ = fs::remove_file(&copy);
+            fs::hard_link(&file, &copy)
+                .or_else(|_| fs::copy(&file, &copy).map(drop))
+                .with_context(|| format!("cannot write {}", copy.display()))?;
+        }
+        Ok(self)
     }
 
     /// Sets an environment variable of the program.

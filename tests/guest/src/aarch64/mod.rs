@@ -107,7 +107,7 @@ pub(crate) fn turn(vcpu: usize) {
     gic::follow_mask(vcpu);
 }
 
-/// Writes the transmit register of a 16550 in memory.
+/// Writes the data register of a PL011.
 pub(crate) fn put(serial: u64, byte: u8) {
     Registers(serial).write8(0, byte);
 }

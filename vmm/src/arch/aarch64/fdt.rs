@@ -1,43 +1,71 @@
-//! The device tree of the board, for guests that boot as an arm64 `Image`.
+//! The device tree of the board, for Linux.
+
+use std::ops::Range;
 
 use blackout_abi::guest::AARCH64_RAM_BASE;
 use vm_fdt::FdtWriter;
 
 use super::Error;
-use super::layout::{GICD, GICD_SIZE, GICR, GICR_STRIDE, ITS, ITS_SIZE, SERIAL};
+use super::layout::{
+    DEVICE_SIZE, GICD, GICD_SIZE, GICR, GICR_STRIDE, GPIO, GPIO_SPI, ITS, ITS_SIZE, RTC, RTC_SPI,
+    SERIAL, SERIAL_SPI,
+};
 use crate::arch::BootParams;
+use crate::devices::pl061;
 
 /// Handles by which nodes name each other.
 const GIC: u32 = 1;
+const CLOCK: u32 = 2;
+const GPIO_CONTROLLER: u32 = 3;
 
 /// Kinds and triggers of interrupts (`bindings/interrupt-controller/arm,gic-v3.yaml`).
 const SPI: u32 = 0;
 const PPI: u32 = 1;
-const EDGE: u32 = 1;
 const LEVEL: u32 = 4;
 
-/// The tree of a machine with `ram_size` bytes of RAM, flattened.
-pub(super) fn build(ram_size: u64, boot: &BootParams<'_>) -> Result<Vec<u8>, Error> {
+/// What Linux calls the power button (`input-event-codes.h`).
+const KEY_POWER: u32 = 116;
+
+/// The tree of a machine with `ram_size` bytes of RAM, flattened; `initrd` is where the initial RAM
+/// disk lies.
+pub(super) fn build(
+    ram_size: u64,
+    boot: &BootParams<'_>,
+    initrd: Option<Range<u64>>,
+) -> Result<Vec<u8>, Error> {
     let mut fdt = FdtWriter::new()?;
     let root = fdt.begin_node("")?;
     fdt.property_string("compatible", "linux,dummy-virt")?;
     fdt.property_u32("#address-cells", 2)?;
     fdt.property_u32("#size-cells", 2)?;
     fdt.property_u32("interrupt-parent", GIC)?;
-    chosen(&mut fdt, boot.cmdline)?;
+    chosen(&mut fdt, boot.cmdline, initrd)?;
     memory(&mut fdt, ram_size)?;
     cpus(&mut fdt, boot.vcpus)?;
     gic(&mut fdt, boot.vcpus)?;
     timer(&mut fdt)?;
+    clock(&mut fdt)?;
     serial(&mut fdt)?;
+    rtc(&mut fdt)?;
+    power_button(&mut fdt)?;
     fdt.end_node(root)?;
     Ok(fdt.finish()?)
 }
 
-fn chosen(fdt: &mut FdtWriter, cmdline: &str) -> Result<(), Error> {
+fn chosen(fdt: &mut FdtWriter, cmdline: &str, initrd: Option<Range<u64>>) -> Result<(), Error> {
     let node = fdt.begin_node("chosen")?;
     fdt.property_string("bootargs", cmdline)?;
-    fdt.property_string("stdout-path", &serial_path())?;
+    fdt.property_string("stdout-path", &format!("/{}", serial_name()))?;
+    if let Some(Range { start, end }) = initrd {
+        fdt.property_u64("linux,initrd-start", start)?;
+        fdt.property_u64("linux,initrd-end", end)?;
+    }
+    // Without them the kernel waits for entropy, and lies where every other guest's does.
+    let mut seed = [0; 40];
+    getrandom::fill(&mut seed)?;
+    let (kaslr, rng) = seed.split_at(8);
+    fdt.property("kaslr-seed", kaslr)?;
+    fdt.property("rng-seed", rng)?;
     Ok(fdt.end_node(node)?)
 }
 
@@ -102,17 +130,70 @@ fn timer(fdt: &mut FdtWriter) -> Result<(), Error> {
     Ok(fdt.end_node(node)?)
 }
 
-fn serial(fdt: &mut FdtWriter) -> Result<(), Error> {
-    let node = fdt.begin_node(serial_path().trim_start_matches('/'))?;
-    fdt.property_string("compatible", "ns16550a")?;
-    fdt.property_array_u64("reg", &[SERIAL.base, SERIAL.size])?;
-    fdt.property_u32("clock-frequency", 1_843_200)?;
-    fdt.property_array_u32("interrupts", &[SPI, SERIAL.gsi, EDGE])?;
+/// The clock that drives the peripherals: nothing depends on its frequency.
+fn clock(fdt: &mut FdtWriter) -> Result<(), Error> {
+    let node = fdt.begin_node("apb-pclk")?;
+    fdt.property_string("compatible", "fixed-clock")?;
+    fdt.property_u32("#clock-cells", 0)?;
+    fdt.property_u32("clock-frequency", 24_000_000)?;
+    fdt.property_string("clock-output-names", "clk24mhz")?;
+    fdt.property_phandle(CLOCK)?;
     Ok(fdt.end_node(node)?)
 }
 
-fn serial_path() -> String {
-    format!("/serial@{:x}", SERIAL.base)
+fn serial(fdt: &mut FdtWriter) -> Result<(), Error> {
+    let node = fdt.begin_node(&serial_name())?;
+    prime_cell(
+        fdt,
+        "arm,pl011",
+        SERIAL,
+        SERIAL_SPI,
+        &["uartclk", "apb_pclk"],
+    )?;
+    Ok(fdt.end_node(node)?)
+}
+
+fn serial_name() -> String {
+    format!("pl011@{SERIAL:x}")
+}
+
+fn rtc(fdt: &mut FdtWriter) -> Result<(), Error> {
+    let node = fdt.begin_node(&format!("pl031@{RTC:x}"))?;
+    prime_cell(fdt, "arm,pl031", RTC, RTC_SPI, &["apb_pclk"])?;
+    Ok(fdt.end_node(node)?)
+}
+
+fn power_button(fdt: &mut FdtWriter) -> Result<(), Error> {
+    let node = fdt.begin_node(&format!("pl061@{GPIO:x}"))?;
+    prime_cell(fdt, "arm,pl061", GPIO, GPIO_SPI, &["apb_pclk"])?;
+    fdt.property_null("gpio-controller")?;
+    fdt.property_u32("#gpio-cells", 2)?;
+    fdt.property_phandle(GPIO_CONTROLLER)?;
+    fdt.end_node(node)?;
+    let keys = fdt.begin_node("gpio-keys")?;
+    fdt.property_string("compatible", "gpio-keys")?;
+    let key = fdt.begin_node("poweroff")?;
+    fdt.property_string("label", "Power")?;
+    fdt.property_u32("linux,code", KEY_POWER)?;
+    fdt.property_array_u32("gpios", &[GPIO_CONTROLLER, pl061::BUTTON, 0])?;
+    fdt.end_node(key)?;
+    Ok(fdt.end_node(keys)?)
+}
+
+/// What Arm's peripherals have in common: a page of registers with an id, an interrupt, clocks.
+fn prime_cell(
+    fdt: &mut FdtWriter,
+    compatible: &str,
+    base: u64,
+    spi: u32,
+    clocks: &[&str],
+) -> Result<(), Error> {
+    let strings = |list: &[&str]| list.iter().map(|&s| s.to_owned()).collect();
+    fdt.property_string_list("compatible", strings(&[compatible, "arm,primecell"]))?;
+    fdt.property_array_u64("reg", &[base, DEVICE_SIZE])?;
+    fdt.property_array_u32("interrupts", &[SPI, spi, LEVEL])?;
+    fdt.property_array_u32("clocks", &vec![CLOCK; clocks.len()])?;
+    Ok(fdt.property_string_list("clock-names", strings(clocks))?)
 }
 
 #[cfg(test)]
@@ -124,9 +205,9 @@ mod tests {
         for vcpus in [1, 17, 32] {
             let boot = BootParams {
                 vcpus,
-                cmdline: "console=ttyS0",
+                cmdline: "console=ttyAMA0",
             };
-            let tree = build(128 << 20, &boot).unwrap();
+            let tree = build(128 << 20, &boot, Some(0x4000_0000..0x4000_1000)).unwrap();
             assert_eq!(tree[..4], 0xd00d_feed_u32.to_be_bytes());
             assert_eq!(tree[4..8], u32::try_from(tree.len()).unwrap().to_be_bytes());
             let count = tree.windows(4).filter(|at| at == b"psci").count();

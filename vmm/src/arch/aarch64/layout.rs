@@ -13,12 +13,12 @@
 //! | 0x4000_0000 | RAM: boot page, shared page, device tree, then the program | |
 //! | 0x80_0000_0000–0xff_ffff_ffff | PCI: 64-bit memory BARs | |
 //!
-//! SPI n is the GIC's interrupt 32 + n and GSI n. Nothing else uses them: PCI devices have MSIs.
+//! SPI n is the GIC's interrupt 32 + n. Nothing else uses them: PCI devices have MSIs.
 
 use blackout_abi::guest::AARCH64_RAM_BASE;
 
 use super::Error;
-use crate::arch::{PciWindows, Serial};
+use crate::arch::PciWindows;
 use crate::memory::PAGE_SIZE;
 
 /// The distributor, 64 KiB.
@@ -34,20 +34,27 @@ pub(super) const GICR_STRIDE: u64 = 0x2_0000;
 /// Bytes of the distributor.
 pub(super) const GICD_SIZE: u64 = 0x1_0000;
 
-/// The console, a 16550 with its registers one byte apart.
-pub const SERIAL: Serial = Serial {
-    base: 0x0900_0000,
-    size: 8,
-    pio: false,
-    gsi: 1,
-};
+/// The console, a PL011.
+pub(super) const SERIAL: u64 = 0x0900_0000;
+/// Its interrupt.
+pub(super) const SERIAL_SPI: u32 = 1;
+/// The clock of the day, a PL031. Its interrupt is never raised, but drivers ask for one.
+pub(super) const RTC: u64 = 0x0901_0000;
+/// Its interrupt.
+pub(super) const RTC_SPI: u32 = 2;
+/// The power button's PL061.
+pub(super) const GPIO: u64 = 0x0903_0000;
+/// Its interrupt.
+pub(super) const GPIO_SPI: u32 = 7;
+/// Bytes of the registers of each of these.
+pub(super) const DEVICE_SIZE: u64 = 0x1000;
 
 /// Interrupts of the GIC, private ones included: 32 shared ones, the fewest that KVM makes. Each
 /// further one costs a stop its registers, and devices use MSIs.
 pub(super) const IRQS: u32 = 64;
 
 /// The most vCPUs that the map has redistributors for.
-pub(super) const VCPUS_MAX: u32 = ((SERIAL.base - GICR) / GICR_STRIDE) as u32;
+pub(super) const VCPUS_MAX: u32 = ((SERIAL - GICR) / GICR_STRIDE) as u32;
 
 /// Where the PCI host bridge's windows are.
 pub const PCI: PciWindows = PciWindows {
@@ -90,11 +97,13 @@ mod tests {
     #[test]
     fn nothing_overlaps() {
         let sized = |base: u64, size: u64| base..base + size;
-        let ranges: [Range<u64>; 7] = [
+        let ranges: [Range<u64>; 9] = [
             sized(GICD, GICD_SIZE),
             sized(ITS, ITS_SIZE),
             sized(GICR, u64::from(VCPUS_MAX) * GICR_STRIDE),
-            sized(SERIAL.base, SERIAL.size),
+            sized(SERIAL, DEVICE_SIZE),
+            sized(RTC, DEVICE_SIZE),
+            sized(GPIO, DEVICE_SIZE),
             PCI.mmio32,
             PCI.ecam,
             sized(AARCH64_RAM_BASE, RAM_END - AARCH64_RAM_BASE),

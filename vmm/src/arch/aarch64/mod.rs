@@ -3,6 +3,7 @@
 //! `[7]` is `its.rs`, `[7b]` `gic.rs`. What a migration saves and loads of them is there and in
 //! `gic_state.rs` and `cpu_interface.rs`; the order is that of `Documentation/virt/kvm/devices/arm-vgic{-v3,-its}.rst`.
 
+mod board;
 mod boot;
 mod cpu_interface;
 mod fdt;
@@ -16,20 +17,22 @@ mod timer;
 mod vcpu;
 
 use std::ffi::CStr;
-use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, PoisonError};
 
-pub use boot::{Entry, load_payload};
-pub use layout::{PCI, SERIAL, ram_layout};
+/// The console.
+pub use crate::devices::pl011::Pl011 as Uart;
+pub use board::Board;
+pub use boot::{Entry, load};
+pub use layout::{PCI, ram_layout};
 pub use vcpu::{init_vcpu, set_entry, vcpu_state};
 
-use super::{BoardDevice, Mapped};
+use super::Mapped;
 use crate::devices::DeviceState;
 use crate::kvm::{self, Vcpu, Vm};
 use crate::memory::GuestRam;
-use crate::payload;
+use crate::payload::{self, linux};
 use crate::probes::Errno;
-use crate::runstate::{Request, StateHandler};
+use crate::runstate::StateHandler;
 use gic::Gic;
 use its::Its;
 use timer::Vtimer;
@@ -60,6 +63,12 @@ pub enum Error {
     /// The payload can't be loaded.
     #[error(transparent)]
     Payload(#[from] payload::Error),
+    /// The kernel can't be loaded.
+    #[error(transparent)]
+    Linux(#[from] linux::Error),
+    /// The host has no random numbers.
+    #[error("the device tree's seeds")]
+    Random(#[from] getrandom::Error),
     /// The device tree does not fit together.
     #[error("the device tree")]
     Fdt(#[from] vm_fdt::Error),
@@ -70,15 +79,11 @@ impl Errno for Error {
         match self {
             Error::Kvm(source) => source.errno(),
             Error::Payload(source) => source.errno(),
+            Error::Linux(source) => source.errno(),
+            Error::Random(source) => source.raw_os_error().unwrap_or(libc::EIO),
             Error::Ram { .. } | Error::Vcpus { .. } | Error::Fdt(_) => libc::EINVAL,
         }
     }
-}
-
-/// Devices on the board that guests reach by exits: none. PSCI, which stops and resets the guest,
-/// is KVM's.
-pub fn platform_devices(_requests: &Sender<Request>) -> Vec<BoardDevice> {
-    Vec::new()
 }
 
 /// The interrupt controller and the counter.

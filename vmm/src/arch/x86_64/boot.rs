@@ -15,7 +15,7 @@ use super::{Error, layout};
 use crate::arch::BootParams;
 use crate::kvm::Vcpu;
 use crate::memory::{GuestRam, PAGE_SIZE};
-use crate::payload::{self, Target};
+use crate::payload::{self, Program, Target, linux};
 
 /// Where the first vCPU starts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -46,11 +46,24 @@ const EFER_LMA: u64 = 1 << 10;
 /// Bit 1 of RFLAGS is always set.
 const RFLAGS_RESERVED: u64 = 1 << 1;
 
-/// Puts the payload, the boot page and what the CPU needs at entry into fresh RAM.
+/// Loads the program into RAM that nothing was written to yet, with what it needs to know of its
+/// machine.
 ///
 /// # Errors
-/// When the payload can't be loaded or the command line does not fit.
-pub fn load_payload(ram: &GuestRam, payload: &Path, boot: &BootParams<'_>) -> Result<Entry, Error> {
+/// When a file can't be loaded or has no place.
+pub fn load(ram: &GuestRam, program: &Program, boot: &BootParams<'_>) -> Result<Entry, Error> {
+    match program {
+        Program::Payload(path) => load_payload(ram, path, boot),
+        Program::Linux(linux) => Err(linux::Error::Foreign {
+            path: linux.kernel.clone(),
+            problem: "this monitor boots Linux on arm64 only".into(),
+        }
+        .into()),
+    }
+}
+
+/// Puts the payload, the boot page and what the CPU needs at entry into fresh RAM.
+fn load_payload(ram: &GuestRam, payload: &Path, boot: &BootParams<'_>) -> Result<Entry, Error> {
     let target = Target {
         machine: EM_X86_64,
         flat_gpa: layout::FLAT_PAYLOAD,
@@ -64,7 +77,7 @@ pub fn load_payload(ram: &GuestRam, payload: &Path, boot: &BootParams<'_>) -> Re
         vcpus: boot.vcpus,
         ram_base: X86_64_RAM_BASE,
         ram_size: ram.size(),
-        serial: layout::SERIAL.base,
+        serial: layout::SERIAL,
         gicd: 0,
         gicr: 0,
         its: 0,

@@ -20,22 +20,43 @@
 //! | 0x40_0000_0000–0x4f_ffff_ffff | PCI: 64-bit memory BARs |
 //!
 //! The 64-bit window ends below 2^39, the address width of small CPUs.
+//!
+//! | I/O port | what | GSI |
+//! |---|---|---|
+//! | 0x064, 0xcf9 | resets | |
+//! | 0x3f8 | COM1 | 4 |
+//! | 0x600 | ACPI PM1 registers | 9 |
+//!
+//! KVM has the PICs and the PIT at their usual ports.
 
 use std::ops::Range;
 
 use blackout_abi::guest;
 
 use super::Error;
-use crate::arch::{PciWindows, Serial};
+use crate::arch::PciWindows;
 use crate::memory::PAGE_SIZE;
 
-/// COM1.
-pub const SERIAL: Serial = Serial {
-    base: 0x3f8,
-    size: 8,
-    pio: true,
-    gsi: 4,
-};
+/// COM1, an I/O port.
+pub(super) const SERIAL: u64 = 0x3f8;
+/// Its ports.
+pub(super) const SERIAL_SIZE: u64 = 8;
+/// Its interrupt.
+pub(super) const SERIAL_GSI: u32 = 4;
+/// ACPI's PM1 registers, I/O ports: status, enable, control.
+pub(super) const PM1: u64 = 0x600;
+/// Their ports.
+pub(super) const PM1_SIZE: u64 = 6;
+/// ACPI's interrupt.
+pub(super) const SCI_GSI: u32 = 9;
+/// The keyboard controller's command port, and the command that pulses the CPU's reset line.
+pub(super) const KEYBOARD_COMMAND: u64 = 0x64;
+/// See [`KEYBOARD_COMMAND`].
+pub(super) const PULSE_RESET: u8 = 0xfe;
+/// The chipset's reset control register, and its bit that resets the CPU.
+pub(super) const RESET_CONTROL: u64 = 0xcf9;
+/// See [`RESET_CONTROL`].
+pub(super) const RESET_CPU: u8 = 1 << 2;
 
 /// Where the PCI host bridge's windows are.
 pub const PCI: PciWindows = PciWindows {

@@ -5,6 +5,7 @@
 //! outside the vCPUs, `clock` is hop `[7]`, `power` is how a guest switches itself off.
 
 mod at_stop;
+mod board;
 mod boot;
 mod clock;
 mod cpuid;
@@ -14,12 +15,18 @@ mod pit;
 mod power;
 mod vcpu;
 
-pub use boot::{Entry, load_payload, set_entry};
+pub use board::Board;
+pub use boot::{Entry, load, set_entry};
 pub use irqchip::Irqchip;
-pub use layout::{PCI, SERIAL, ram_layout};
-pub use power::platform_devices;
+pub use layout::{PCI, ram_layout};
 pub use vcpu::{init_vcpu, vcpu_state};
 
+/// The console.
+pub use crate::devices::serial::Serial as Uart;
+
+use std::io;
+
+use crate::payload::linux;
 use crate::probes::Errno;
 use crate::{kvm, memory, payload};
 
@@ -38,6 +45,12 @@ pub enum Error {
     /// The payload can't be loaded.
     #[error(transparent)]
     Payload(#[from] payload::Error),
+    /// The kernel can't be loaded.
+    #[error(transparent)]
+    Linux(#[from] linux::Error),
+    /// The console's interrupt.
+    #[error("the console's irqfd")]
+    Irqfd(#[source] io::Error),
     /// No machine has this much RAM.
     #[error("{0} bytes of guest RAM: want a multiple of 4 KiB, from 2 MiB to 64 GiB")]
     RamSize(u64),
@@ -49,6 +62,8 @@ impl Errno for Error {
             Error::Kvm(source) => source.errno(),
             Error::Memory(source) => source.errno(),
             Error::Payload(source) => source.errno(),
+            Error::Linux(source) => source.errno(),
+            Error::Irqfd(source) => source.errno(),
             Error::RamSize(_) => libc::EINVAL,
         }
     }

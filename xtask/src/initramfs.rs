@@ -1,4 +1,4 @@
-//! The testbed's root file system: an initramfs put together anew for each run.
+//! Root file systems of testbeds and guests: an initramfs put together anew for each run.
 //!
 //! The kernel unpacks a cpio archive in `newc` form (Linux, Documentation/driver-api/early-userspace/
 //! buffer-format.rst) into a tmpfs, so a run leaves nothing behind and needs no root to prepare.
@@ -30,14 +30,14 @@ impl Initramfs {
         })
     }
 
-    /// Adds the file `host` of this machine as `guest`, an absolute path in the testbed.
+    /// Adds the file `host` of this machine as `guest`, an absolute path in the archive.
     pub(crate) fn copy(&mut self, host: &Path, guest: &str) -> Result<()> {
         let contents =
             std::fs::read(host).with_context(|| format!("cannot read {}", host.display()))?;
         self.file(guest, &contents)
     }
 
-    /// Adds an executable file with the given contents as `guest`, an absolute path in the testbed.
+    /// Adds an executable file with the given contents as `guest`, an absolute path in the archive.
     pub(crate) fn file(&mut self, guest: &str, contents: &[u8]) -> Result<()> {
         let name = self.entry_name(guest)?;
         self.entry(&name, 0o100_755, contents)
@@ -55,7 +55,7 @@ impl Initramfs {
         let plain = components.next() == Some(Component::RootDir)
             && components.all(|part| matches!(part, Component::Normal(_)));
         if !plain {
-            bail!("{guest} is not an absolute path without '..': the testbed cannot hold it");
+            bail!("{guest} is not an absolute path without '..': an initramfs cannot hold it");
         }
         let name = guest.trim_start_matches('/');
         for (end, _) in name.match_indices('/') {

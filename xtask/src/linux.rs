@@ -1,0 +1,61 @@
+//! The Linux guests of the tests: Debian's kernels, and the initramfs that they start from.
+
+use std::fs;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+
+use crate::initramfs::Initramfs;
+use crate::kernel::{Arch, Flavour, Kernel, Package, Series};
+use crate::paths;
+
+/// The environment variable by which the harness finds the folder that [`prepare`] makes.
+pub(crate) const VARIABLE: &str = "BLACKOUT_LINUX";
+
+/// The kernels that guests of `arch` boot, by the names of their files.
+fn kernels(arch: Arch) -> Vec<(String, Package)> {
+    let mut kernels: Vec<_> = Series::ALL
+        .map(|series| (format!("kernel-{series}"), Package::guest(series, arch)))
+        .into();
+    if arch == Arch::Aarch64 {
+        // The cloud kernels have no driver for the power button.
+        let generic = Package::testbed(Series::V6_12, arch);
+        kernels.push(("kernel-6.12-generic".to_owned(), generic));
+    }
+    kernels
+}
+
+/// Makes the folder `target/linux/ARCH` with the guests' files: `kernel-SERIES` and `initramfs`.
+///
+/// # Errors
+/// When `cargo xtask setup` has not fetched the kernels.
+pub(crate) fn prepare(arch: Arch) -> Result<PathBuf> {
+    let folder = paths::target().join("linux").join(arch.rust());
+    fs::create_dir_all(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
+    let mut initramfs = Initramfs::create(&folder.join("initramfs"))?;
+    initramfs.file("/init", include_bytes!("linux/init.sh"))?;
+    let mut busybox = None;
+    for (name, package) in kernels(arch) {
+        let kernel = Kernel::find(package)?;
+        let copy = folder.join(&name);
+        fs::copy(&kernel.image, &copy)
+            .with_context(|| format!("cannot write {}", copy.display()))?;
+        // `uname -r` tells the guest's init which ones are its own.
+        let own = match package.flavour {
+            Flavour::Generic => format!("{}-generic", package.series),
+            Flavour::Cloud => format!("{}-cloud", package.series),
+        };
+        let mut names = String::new();
+        for (module, file) in &kernel.modules {
+            initramfs.copy(file, &format!("/modules/{own}/{module}.ko"))?;
+            names += &format!("{module}\n");
+        }
+        initramfs.file(&format!("/modules/{own}/list"), names.as_bytes())?;
+        busybox = Some(kernel.busybox);
+    }
+    let busybox = busybox.context("there is no kernel for guests")?;
+    initramfs.copy(&busybox, "/bin/busybox")?;
+    initramfs.copy(&busybox, "/bin/sh")?;
+    initramfs.finish()?;
+    Ok(folder)
+}
