@@ -91,12 +91,12 @@ shared! {
         pub header: Header,
         /// The site's index in the table of [`SiteSpec`]s.
         pub site: u32,
-        /// Bit n is set when argument n could not be read; `args[n]` is 0 then.
+        /// Bit n is set when argument n could not be read.
         pub unread: u16,
-        /// Bit n is set when argument n is a string whose text was read into [`UsdtText::texts`],
-        /// which holds them in the order of their bits.
+        /// Bit n is set when [`UsdtText::texts`]`[n]` was read.
         pub texts: u16,
-        /// The arguments, sign- or zero-extended as the site says.
+        /// The arguments, sign- or zero-extended as the site says. Those that it does not have are
+        /// undefined.
         pub args: [u64; MAX_ARGS],
     }
 }
@@ -106,7 +106,8 @@ shared! {
     pub struct UsdtText: 640 {
         /// The hit; its `kind` is [`Kind::UsdtText`].
         pub usdt: Usdt,
-        /// NUL-terminated texts. What follows the NUL is undefined.
+        /// NUL-terminated texts of the arguments [`SiteSpec::text_args`]. What follows the NUL is
+        /// undefined.
         pub texts: [[u8; TEXT_LEN]; MAX_TEXTS],
     }
 }
@@ -170,11 +171,11 @@ shared! {
     pub struct RunEdges: 72 {
         /// The process.
         pub tgid: u32,
-        /// The vCPU's file descriptor; `u32::MAX` until a call is seen.
+        /// The vCPU's file descriptor; `u32::MAX` if it is not known.
         pub fd: u32,
         /// First call.
         pub first: u64,
-        /// Last call.
+        /// Last call. Of one from before the recording began, any time inside it, or 0.
         pub enter: u64,
         /// Last return.
         pub exit: u64,
@@ -270,15 +271,11 @@ pub enum Place {
     Nowhere = 0,
     /// It is `offset`.
     Constant = 1,
-    /// It is in the register at `base`.
+    /// It is in the register at `base`. From here on there is a register.
     Register = 2,
-    /// It is in memory, at the register at `base` plus `offset`.
+    /// It is in memory, at the register at `base`, plus the one at `index` times `factor`, plus
+    /// `offset`. Whatever has fewer parts is put in these terms, for the sake of a short program.
     Memory = 3,
-    /// It is in memory, at the register at `base` plus the one at `index` shifted left by `scale`,
-    /// plus `offset`.
-    Indexed = 4,
-    /// As `Indexed`, without a base: `offset` plus the register at `index` shifted left by `scale`.
-    Scaled = 5,
 }
 
 shared! {
@@ -291,13 +288,13 @@ shared! {
         pub base: u16,
         /// Where the index register was saved.
         pub index: u16,
-        /// Power of two by which the index is multiplied: 0 to 4.
-        pub scale: u8,
+        /// What the index is multiplied by; 0 without one.
+        pub factor: u8,
         /// A [`Place`].
         pub place: u8,
         /// Its size in bytes: 1, 2, 4 or 8.
         pub size: u8,
-        /// [`SIGNED`](Self::SIGNED) and [`TEXT`](Self::TEXT).
+        /// [`SIGNED`](Self::SIGNED), or 0.
         pub flags: u8,
     }
 }
@@ -305,14 +302,12 @@ shared! {
 impl ArgSpec {
     /// The argument is sign-extended to 64 bits; without it, zero-extended.
     pub const SIGNED: u8 = 1;
-    /// The argument is the address of a NUL-terminated string that is to be read.
-    pub const TEXT: u8 = 2;
     /// No argument.
     pub const NONE: Self = Self {
         offset: 0,
         base: 0,
         index: 0,
-        scale: 0,
+        factor: 0,
         place: Place::Nowhere as u8,
         size: 8,
         flags: 0,
@@ -324,8 +319,9 @@ shared! {
     pub struct SiteSpec: 200 {
         /// Arguments that count.
         pub args: u32,
-        /// 1 when any argument has [`ArgSpec::TEXT`].
-        pub texts: u32,
+        /// The arguments that are addresses of NUL-terminated strings, which are to be read too. A
+        /// number that no argument has ends the list.
+        pub text_args: [u8; MAX_TEXTS],
         /// The arguments.
         pub specs: [ArgSpec; MAX_ARGS],
     }

@@ -3,13 +3,11 @@
 
 use core::ffi::c_void;
 
-use aya_ebpf::helpers::generated::{
-    bpf_get_current_task_btf, bpf_probe_read_kernel, bpf_probe_read_user, bpf_task_pt_regs,
-};
+use aya_ebpf::helpers::generated::bpf_probe_read_user;
 use blackout_abi::event::{Ioctl, Kind};
 
 use crate::run;
-use crate::shared::{IOCTLS, current, emit, header, is_target, now, second_arg_offset};
+use crate::shared::{IOCTLS, current, emit, header, is_target, now, syscall_args};
 
 const KVMIO: u32 = 0xae;
 const KVM_RUN: u32 = 0xae80;
@@ -82,8 +80,12 @@ pub fn exit<const REGISTERS: bool>(ret: i64) {
     }
     let Some(call) = IOCTLS.get_ptr_mut(task.tid) else {
         // The call was not seen: it is of no interest, or began before the recording.
-        if REGISTERS && is_target(task.tgid) && called() == Some(KVM_RUN) {
-            run::exit_unseen(task);
+        if REGISTERS && is_target(task.tgid) {
+            if let Some((fd, cmd)) = syscall_args() {
+                if cmd as u32 == KVM_RUN {
+                    run::exit_unseen(task, fd as u32);
+                }
+            }
         }
         return;
     };
@@ -104,23 +106,6 @@ pub fn exit<const REGISTERS: bool>(ret: i64) {
 #[inline(always)]
 pub fn thread_exit() {
     let _ = IOCTLS.remove(current().tid);
-}
-
-/// The request number of the call that is returning, from the registers saved at its entry.
-#[inline(always)]
-fn called() -> Option<u32> {
-    let mut cmd = 0_u64;
-    // SAFETY: `cmd` has room for 8 bytes; the helper checks the source, which is an offset that the
-    // loader gave into the running task's registers.
-    let failed = unsafe {
-        let registers = bpf_task_pt_regs(bpf_get_current_task_btf()) as *const u8;
-        bpf_probe_read_kernel(
-            (&raw mut cmd).cast(),
-            8,
-            registers.add(second_arg_offset()).cast(),
-        )
-    };
-    (failed == 0).then_some(cmd as u32)
 }
 
 /// Reads what `arg` points to, as far as the request says that it is long.

@@ -5,7 +5,7 @@
 
 use blackout_abi::event::{Kind, Run, RunEdge, RunEdges};
 
-use crate::shared::{RUNS, Task, current, emit, gap_ns, header, is_target, now};
+use crate::shared::{RUNS, Task, current, emit, gap_ns, header, is_target, now, syscall_args};
 
 /// A thread calls `KVM_RUN` on the vCPU `fd`.
 #[inline(always)]
@@ -43,23 +43,12 @@ pub fn exit(tid: u32) -> bool {
     true
 }
 
-/// The running thread returns from a `KVM_RUN` that it called before the recording began. Its
-/// `first` stays 0, so it is never taken for a vCPU that starts.
+/// The running thread returns from a `KVM_RUN` on `fd` that was not seen to be called.
 #[inline(always)]
-pub fn exit_unseen(task: Task) {
-    let edges = RunEdges {
-        tgid: task.tgid,
-        fd: u32::MAX,
-        first: 0,
-        enter: 0,
-        exit: now(),
-        guest_enter: 0,
-        guest_exit: 0,
-        runs: 1,
-        entries: 0,
-        entry_due: 0,
-    };
-    let _ = RUNS.insert(task.tid, edges, 0);
+pub fn exit_unseen(task: Task, fd: u32) {
+    let mut edges = unseen(task, fd);
+    edges.exit = now();
+    let _ = RUNS.insert(&task.tid, &edges, 0);
 }
 
 /// The running thread enters guest code.
@@ -79,12 +68,21 @@ pub fn guest_enter() {
     }
 }
 
-/// The running thread left guest code.
+/// The running thread left guest code. A thread of a target that is not known is in a `KVM_RUN` that
+/// it called before the recording began, maybe for a long time, and may be about to be paused.
 #[inline(always)]
 pub fn guest_exit() {
-    if let Some(edges) = RUNS.get_ptr_mut(current().tid) {
+    let time = now();
+    let task = current();
+    if let Some(edges) = RUNS.get_ptr_mut(&task.tid) {
         // SAFETY: as in `enter`.
-        unsafe { (*edges).guest_exit = now() };
+        unsafe { (*edges).guest_exit = time };
+    } else if is_target(task.tgid) {
+        let fd = syscall_args().map_or(u32::MAX, |(fd, _)| fd as u32);
+        let mut edges = unseen(task, fd);
+        edges.enter = time;
+        edges.guest_exit = time;
+        let _ = RUNS.insert(&task.tid, &edges, 0);
     }
 }
 
@@ -98,6 +96,24 @@ pub fn thread_exit() {
     // SAFETY: as in `enter`.
     report(RunEdge::End, task, now(), unsafe { &*edges });
     let _ = RUNS.remove(task.tid);
+}
+
+/// The edges of a thread that has been in `KVM_RUN` since before the recording began. Its `first`
+/// stays 0, so it is never taken for a vCPU that starts.
+#[inline(always)]
+fn unseen(task: Task, fd: u32) -> RunEdges {
+    RunEdges {
+        tgid: task.tgid,
+        fd,
+        first: 0,
+        enter: 0,
+        exit: 0,
+        guest_enter: 0,
+        guest_exit: 0,
+        runs: 1,
+        entries: 0,
+        entry_due: 0,
+    }
 }
 
 #[inline(always)]

@@ -6,6 +6,9 @@ use core::ptr::{addr_of, read_volatile};
 use aya_ebpf::bindings::{
     BPF_RB_AVAIL_DATA, BPF_RB_FORCE_WAKEUP, BPF_RB_NO_WAKEUP, bpf_pidns_info,
 };
+use aya_ebpf::helpers::generated::{
+    bpf_get_current_task_btf, bpf_probe_read_kernel, bpf_task_pt_regs,
+};
 use aya_ebpf::helpers::{
     bpf_get_current_pid_tgid, bpf_get_ns_current_pid_tgid, bpf_get_smp_processor_id,
     bpf_ktime_get_ns,
@@ -57,7 +60,10 @@ static PIDNS_INO: u64 = 0;
 #[unsafe(no_mangle)]
 static RETURN_OFFSET: u64 = 0;
 
-/// Byte offset, in the saved registers, of the one that holds a system call's second argument.
+/// Byte offsets, in the registers saved at a system call's entry, of its first two arguments.
+#[unsafe(no_mangle)]
+static FIRST_ARG_OFFSET: u64 = 0;
+/// See [`FIRST_ARG_OFFSET`].
 #[unsafe(no_mangle)]
 static SECOND_ARG_OFFSET: u64 = 0;
 
@@ -84,9 +90,26 @@ pub fn return_offset() -> usize {
     global!(RETURN_OFFSET) as usize
 }
 
-/// See [`SECOND_ARG_OFFSET`].
-pub fn second_arg_offset() -> usize {
-    global!(SECOND_ARG_OFFSET) as usize
+/// The first two arguments of the system call that the running thread is in: for a call that was
+/// entered before anybody looked. The kernel must have BTF.
+#[inline(always)]
+pub fn syscall_args() -> Option<(u64, u64)> {
+    // SAFETY: the helpers take what they are given: the running task.
+    let registers = unsafe { bpf_task_pt_regs(bpf_get_current_task_btf()) } as *const u8;
+    let read = |offset: u64| {
+        let mut value = 0_u64;
+        // SAFETY: `value` has room for 8 bytes; the helper checks the source, which is an offset
+        // that the loader gave into the task's registers.
+        let failed = unsafe {
+            let from = registers.add(offset as usize).cast();
+            bpf_probe_read_kernel((&raw mut value).cast(), 8, from)
+        };
+        (failed == 0).then_some(value)
+    };
+    Some((
+        read(global!(FIRST_ARG_OFFSET))?,
+        read(global!(SECOND_ARG_OFFSET))?,
+    ))
 }
 
 /// A thread, in the loader's pid namespace.

@@ -24,19 +24,24 @@ const TRACEFS: [&str; 2] = ["/sys/kernel/tracing", "/sys/kernel/debug/tracing"];
 pub(super) struct Registers {
     /// A function's return value.
     pub(super) return_value: u64,
-    /// A system call's second argument.
+    /// A system call's first argument, as it was at the entry.
+    pub(super) first_arg: u64,
+    /// Its second argument.
     pub(super) second_arg: u64,
 }
 
-/// The registers of this architecture: `struct pt_regs` or `struct user_pt_regs`.
+/// The registers of this architecture: `struct pt_regs` of `asm/ptrace.h`. On arm64 the first
+/// argument's register takes the return value, so the kernel keeps it a second time.
 pub(super) fn registers() -> Registers {
     match ARCH {
         "aarch64" => Registers {
             return_value: 0,
+            first_arg: 272,
             second_arg: 8,
         },
         _ => Registers {
             return_value: 80,
+            first_arg: 112,
             second_arg: 104,
         },
     }

@@ -56,6 +56,7 @@ impl Programs {
             .override_global("PIDNS_DEV", &pidns_dev, true)
             .override_global("PIDNS_INO", &pidns_ino, true)
             .override_global("RETURN_OFFSET", &registers.return_value, true)
+            .override_global("FIRST_ARG_OFFSET", &registers.first_arg, true)
             .override_global("SECOND_ARG_OFFSET", &registers.second_arg, true)
             // The programs have nothing to relocate, and parsing the kernel's BTF takes long.
             .btf(None)

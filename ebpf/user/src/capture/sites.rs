@@ -168,22 +168,31 @@ impl Sites {
     }
 }
 
+/// No argument's number.
+const NO_ARG: u8 = u8::MAX;
+
 /// A site as the programs need it.
 fn spec(site: &Site, probe: &ProbeDef) -> SiteSpec {
     let mut specs = [ArgSpec::NONE; MAX_ARGS];
-    let mut texts = 0;
-    for ((spec, arg), def) in specs.iter_mut().zip(&site.args).zip(&probe.args) {
+    for (spec, arg) in specs.iter_mut().zip(&site.args) {
         *spec = arg_spec(arg);
-        if def.kind == ValueKind::Str && texts < MAX_TEXTS as u32 {
-            spec.flags |= ArgSpec::TEXT;
-            texts += 1;
-        }
+    }
+    let mut text_args = [NO_ARG; MAX_TEXTS];
+    for (slot, index) in text_args.iter_mut().zip(texts(probe)) {
+        *slot = index as u8;
     }
     SiteSpec {
         args: probe.args.len() as u32,
-        texts,
+        text_args,
         specs,
     }
+}
+
+/// The numbers of the arguments that are strings; the first [`MAX_TEXTS`] of them are read.
+pub(super) fn texts(probe: &ProbeDef) -> impl Iterator<Item = usize> {
+    let args = probe.args.iter().enumerate();
+    args.filter(|(_, def)| def.kind == ValueKind::Str)
+        .map(|(index, _)| index)
 }
 
 fn arg_spec(arg: &Arg) -> ArgSpec {
@@ -211,28 +220,22 @@ fn arg_spec(arg: &Arg) -> ArgSpec {
             ..spec(Place::Memory)
         },
         Operand::Indexed {
-            base: Some(base),
-            index,
-            scale,
-            displacement,
-        } => ArgSpec {
             base,
             index,
             scale,
-            offset: displacement,
-            ..spec(Place::Indexed)
-        },
-        Operand::Indexed {
-            base: None,
-            index,
-            scale,
             displacement,
-        } => ArgSpec {
-            index,
-            scale,
-            offset: displacement,
-            ..spec(Place::Scaled)
-        },
+        } => {
+            let factor = 1 << scale.min(4);
+            // Without a base the index stands in for it, once.
+            let (base, factor) = base.map_or((index, factor - 1), |base| (base, factor));
+            ArgSpec {
+                base,
+                index,
+                factor,
+                offset: displacement,
+                ..spec(Place::Memory)
+            }
+        }
         Operand::Unreadable(_) => ArgSpec::NONE,
     }
 }
@@ -330,6 +333,40 @@ mod tests {
     }
 
     #[test]
+    fn every_address_is_a_base_and_an_index() {
+        let spec = |operand| {
+            let ArgSpec {
+                base,
+                index,
+                factor,
+                offset,
+                place,
+                ..
+            } = arg_spec(&arg(4, true, operand));
+            assert_eq!(place, Place::Memory as u8);
+            (base, index, factor, offset)
+        };
+        let indexed = |base, scale| Operand::Indexed {
+            base,
+            index: 8,
+            scale,
+            displacement: -4,
+        };
+        assert_eq!(
+            spec(Operand::Memory {
+                base: 32,
+                displacement: 5
+            }),
+            (32, 0, 0, 5)
+        );
+        assert_eq!(spec(indexed(Some(32), 3)), (32, 8, 8, -4));
+        assert_eq!(spec(indexed(Some(32), 0)), (32, 8, 1, -4));
+        // The index, plus three times the index.
+        assert_eq!(spec(indexed(None, 2)), (8, 8, 3, -4));
+        assert_eq!(spec(indexed(None, 0)), (8, 8, 0, -4));
+    }
+
+    #[test]
     fn strings_are_marked_for_the_programs() {
         let site = site(
             "vmm",
@@ -351,9 +388,12 @@ mod tests {
         let probe = sites.probe(&site, &mut new).clone();
         assert_eq!(new, std::slice::from_ref(&probe));
         let spec = spec(&site, &probe);
-        assert_eq!((spec.args, spec.texts), (2, 1));
+        assert_eq!(
+            (spec.args, spec.text_args),
+            (2, [0, NO_ARG, NO_ARG, NO_ARG])
+        );
         let [first, second, third, ..] = spec.specs;
-        assert_eq!(first.flags, ArgSpec::SIGNED | ArgSpec::TEXT);
+        assert_eq!(first.flags, ArgSpec::SIGNED);
         assert_eq!(
             (first.place, first.base, first.offset),
             (Place::Memory as u8, 32, -8)

@@ -9,7 +9,7 @@ use blackout_abi::event::{
 
 use super::fds::Fds;
 use super::process;
-use super::sites::Sites;
+use super::sites::{self, Sites};
 use crate::recording::{
     self, DeviceAttr, Frame, Hit, KernelFn, Value, ValueKind, VcpuEdges, VcpuGap, VcpuGuest,
 };
@@ -71,7 +71,8 @@ impl Translator {
     /// Appends the frames for a thread's edges as the map has them.
     pub(super) fn edges(&mut self, tid: u32, edges: &RunEdges, frames: &mut Vec<Frame>) {
         frames.push(Frame::VcpuEdges(self.vcpu_edges(tid, edges)));
-        if edges.guest_exit > edges.guest_enter {
+        let out = edges.exit >= edges.enter;
+        if out && edges.guest_exit > edges.guest_enter {
             frames.push(Frame::VcpuGuest(VcpuGuest {
                 pid: edges.tgid,
                 tid,
@@ -102,25 +103,20 @@ impl Translator {
 
     fn hit(&self, usdt: &Usdt, texts: Option<&Texts>) -> Option<Hit> {
         let probe = self.sites.by_cookie(usdt.site)?;
-        let mut texts = texts.into_iter().flatten();
+        let has = |bits: u16, bit: usize| bits.checked_shr(bit as u32).unwrap_or(0) & 1 == 1;
+        let text = |index| {
+            let slot = sites::texts(probe).position(|text| text == index)?;
+            texts?.get(slot).filter(|_| has(usdt.texts, slot))
+        };
         let value = |(index, def): (usize, &recording::ArgDef)| {
-            let bit = 1_u16.checked_shl(index as u32).unwrap_or(0);
-            // The texts stand in the order of their bits, so each bit takes one.
-            let text = if usdt.texts & bit == 0 {
-                None
-            } else {
-                texts.next()
-            };
-            let raw = usdt
-                .args
-                .get(index)
-                .copied()
-                .filter(|_| usdt.unread & bit == 0);
-            match (def.kind, raw, text) {
-                (ValueKind::Str, _, Some(text)) => Value::Str(string(text)),
-                (ValueKind::Str, ..) | (_, None, _) => Value::Unreadable,
-                (ValueKind::U64, Some(raw), _) => Value::U64(raw),
-                (ValueKind::I64, Some(raw), _) => Value::I64(raw as i64),
+            let raw = usdt.args.get(index).filter(|_| !has(usdt.unread, index));
+            match (def.kind, raw) {
+                (_, None) => Value::Unreadable,
+                (ValueKind::U64, Some(raw)) => Value::U64(*raw),
+                (ValueKind::I64, Some(raw)) => Value::I64(*raw as i64),
+                (ValueKind::Str, Some(_)) => {
+                    text(index).map_or(Value::Unreadable, |text| Value::Str(string(text)))
+                }
             }
         };
         Some(Hit {
