@@ -238,12 +238,15 @@ fn a_monitor_that_runs_is_understood() -> Result<()> {
         "a vCPU that ran before looks like a new one: {edges:?}"
     );
     let gaps = recording.frames.iter().filter_map(|frame| match frame {
-        Frame::VcpuGap(gap) if gap.tid == edges.tid => Some(gap.enter_ns - gap.exit_ns),
+        Frame::VcpuGap(gap) if gap.tid == edges.tid => Some(gap),
         _ => None,
     });
+    let gap = gaps
+        .max_by_key(|gap| gap.enter_ns - gap.exit_ns)
+        .context("no gap")?;
     ensure!(
-        gaps.max().unwrap_or(0) > 90_000_000,
-        "the pause of 100 ms is not seen"
+        gap.enter_ns - gap.exit_ns > 90_000_000,
+        "the pause of 100 ms is not seen: {gap:?}"
     );
     ensure!(
         recording.ioctls().all(|call| call.cmd != KVM_RUN),
@@ -262,6 +265,20 @@ fn a_monitor_that_runs_is_understood() -> Result<()> {
     ensure!(unknown.is_empty(), "not told what they are: {unknown:?}");
     if cfg!(target_arch = "aarch64") {
         saves(&recording)?;
+        let guest = recording.frames.iter().any(|frame| match frame {
+            Frame::VcpuGuest(guest) => {
+                guest.tid == edges.tid
+                    && guest.left_ns.is_some_and(|left| left <= gap.exit_ns)
+                    && guest
+                        .entered_ns
+                        .is_some_and(|entered| entered >= gap.enter_ns)
+            }
+            _ => false,
+        });
+        ensure!(
+            guest,
+            "guest code was not seen to be left and entered around {gap:?}"
+        );
     }
     Ok(())
 }
