@@ -115,15 +115,8 @@ pub struct Fact {
 
 /// Looks at everything that attaching depends on, without attaching anything.
 pub fn survey() -> Vec<Fact> {
-    let mut facts = vec![
-        capability("CAP_BPF", CapabilitySet::BPF),
-        capability("CAP_PERFMON", CapabilitySet::PERFMON),
-        ptrace(),
-        tracefs(),
-        uprobes(),
-        semaphores(),
-        btf_fact(),
-    ];
+    let mut facts: Vec<_> = RIGHTS.map(|(name, right)| capability(name, right)).into();
+    facts.extend([ptrace(), tracefs(), uprobes(), semaphores(), btf_fact()]);
     facts.extend(lockdown());
     facts.extend([kvm(), namespace()]);
     facts
@@ -140,8 +133,29 @@ fn fact(name: &'static str, result: Result<String, String>, help: &'static str) 
     }
 }
 
+/// The capabilities that loading takes. CAP_SYS_ADMIN stood for both before Linux 5.8, and still
+/// does.
+const RIGHTS: [(&str, CapabilitySet); 2] = [
+    ("CAP_BPF", CapabilitySet::BPF),
+    ("CAP_PERFMON", CapabilitySet::PERFMON),
+];
+
+/// # Errors
+/// [`Error::Rights`] with the first of the needed capabilities that this process lacks.
+pub(super) fn check_rights() -> Result<(), Error> {
+    let Ok(sets) = capabilities(None) else {
+        // The kernel will say itself what it refuses.
+        return Ok(());
+    };
+    let has =
+        |right| sets.effective.contains(right) || sets.effective.contains(CapabilitySet::SYS_ADMIN);
+    match RIGHTS.iter().find(|(_, right)| !has(*right)) {
+        Some((name, _)) => Err(Error::Rights(name)),
+        None => Ok(()),
+    }
+}
+
 fn capability(name: &'static str, wanted: CapabilitySet) -> Fact {
-    // CAP_SYS_ADMIN stood for both before Linux 5.8, and still does.
     let result = match capabilities(None) {
         Ok(sets) if sets.effective.contains(wanted) => Ok("yes".to_string()),
         Ok(sets) if sets.effective.contains(CapabilitySet::SYS_ADMIN) => {

@@ -56,6 +56,9 @@ pub enum Error {
         /// The system's reason.
         source: io::Error,
     },
+    /// The process lacks capabilities without which the kernel loads nothing.
+    #[error("the right {0} is missing: run as root (`blackout doctor` says more)")]
+    Rights(&'static str),
     /// The eBPF object could not be loaded.
     #[error("cannot load the eBPF object (`blackout doctor` says what this kernel lacks)")]
     Load(#[source] Box<EbpfError>),

@@ -38,8 +38,9 @@ impl Programs {
     /// Creates the maps of `object`; its programs are loaded when they are attached.
     ///
     /// # Errors
-    /// [`Error::Load`], [`Error::Foreign`] and [`Error::Map`].
+    /// [`Error::Rights`], [`Error::Load`], [`Error::Foreign`] and [`Error::Map`].
     pub fn load(object: &[u8], options: Options) -> Result<Self, Error> {
+        kernel::check_rights()?;
         let buffer = options
             .buffer
             .max(4096)
