@@ -150,7 +150,7 @@ pub enum RunEdge {
     /// the threshold: since `edges.exit`.
     Gap = 2,
     /// The guest is entered, at `header.time`, for the first time since a `First` or `Gap`. Only
-    /// where the kernel's `kvm_entry` fires.
+    /// where the kernel's `kvm_entry` fires, or `kvm_emulate_insn` in its place.
     Entry = 3,
     /// The thread ends, at `header.time`; `edges` are its last.
     End = 4,
@@ -179,13 +179,14 @@ shared! {
         pub enter: u64,
         /// Last return.
         pub exit: u64,
-        /// Last time the guest was entered (`kvm_entry`).
+        /// Last time the guest was entered (`kvm_entry`; where that does not fire, the first
+        /// `kvm_emulate_insn` after it was out).
         pub guest_enter: u64,
-        /// Last time the guest was left (`kvm_exit`).
+        /// Last time the guest was left (`kvm_exit`, or the last `kvm_emulate_insn`).
         pub guest_exit: u64,
         /// Calls so far.
         pub runs: u64,
-        /// Guest entries so far.
+        /// Guest entries so far; 0 where `kvm_entry` does not fire.
         pub entries: u64,
         /// 1 while the next guest entry is to be reported as [`RunEdge::Entry`].
         pub entry_due: u64,

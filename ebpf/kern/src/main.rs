@@ -80,6 +80,13 @@ fn guest_exit(_ctx: TracePointContext) -> u32 {
     0
 }
 
+/// `kvm:kvm_emulate_insn`
+#[tracepoint]
+fn guest_emulated(_ctx: TracePointContext) -> u32 {
+    run::guest_emulated();
+    0
+}
+
 /// `sched:sched_process_exit`, which fires for every thread.
 #[tracepoint]
 fn thread_exit(_ctx: TracePointContext) -> u32 {

@@ -74,16 +74,35 @@ pub fn guest_enter() {
 pub fn guest_exit() {
     let time = now();
     let task = current();
-    if let Some(edges) = RUNS.get_ptr_mut(&task.tid) {
+    if let Some(edges) = RUNS.get_ptr_mut(task.tid) {
         // SAFETY: as in `enter`.
         unsafe { (*edges).guest_exit = time };
-    } else if is_target(task.tgid) {
-        let fd = syscall_args().map_or(u32::MAX, |(fd, _)| fd as u32);
-        let mut edges = unseen(task, fd);
-        edges.enter = time;
-        edges.guest_exit = time;
-        let _ = RUNS.insert(&task.tid, &edges, 0);
+    } else {
+        left_unseen(task, time);
     }
+}
+
+/// KVM emulates an instruction of the running thread's guest. A KVM that emulates them one by one
+/// never enters guest code, so its guest runs from the first of them to the last.
+#[inline(always)]
+pub fn guest_emulated() {
+    let time = now();
+    let task = current();
+    let Some(edges) = RUNS.get_ptr_mut(task.tid) else {
+        left_unseen(task, time);
+        return;
+    };
+    // SAFETY: as in `enter`.
+    let edges = unsafe { &mut *edges };
+    if edges.entries != 0 {
+        return;
+    }
+    if edges.entry_due != 0 {
+        edges.entry_due = 0;
+        edges.guest_enter = time;
+        report(RunEdge::Entry, task, time, edges);
+    }
+    edges.guest_exit = time;
 }
 
 /// The running thread ends.
@@ -96,6 +115,18 @@ pub fn thread_exit() {
     // SAFETY: as in `enter`.
     report(RunEdge::End, task, now(), unsafe { &*edges });
     let _ = RUNS.remove(task.tid);
+}
+
+/// A thread that is not known was in guest code.
+#[inline(always)]
+fn left_unseen(task: Task, time: u64) {
+    if is_target(task.tgid) {
+        let fd = syscall_args().map_or(u32::MAX, |(fd, _)| fd as u32);
+        let mut edges = unseen(task, fd);
+        edges.enter = time;
+        edges.guest_exit = time;
+        let _ = RUNS.insert(&task.tid, &edges, 0);
+    }
 }
 
 /// The edges of a thread that has been in `KVM_RUN` since before the recording began. Its `first`

@@ -12,6 +12,9 @@ pub enum Source {
     Ioctls,
     /// The moments at which guest code is entered and left.
     Guest,
+    /// Guest instructions that KVM emulates: all that is seen of guest code where KVM emulates every
+    /// one of them, as PVM does for guests that are not made for it. x86-64's.
+    Emulated,
     /// The end of threads.
     Threads,
     /// A function of KVM's own.
@@ -62,9 +65,11 @@ impl Source {
     /// Every source that this architecture can have.
     pub fn all() -> Vec<Self> {
         let mut all = vec![Self::Usdt, Self::Ioctls, Self::Guest, Self::Threads];
-        // The ITS is arm64's.
-        if std::env::consts::ARCH == "aarch64" {
-            all.extend(Function::ALL.map(Self::Function));
+        match std::env::consts::ARCH {
+            // The ITS is arm64's.
+            "aarch64" => all.extend(Function::ALL.map(Self::Function)),
+            "x86_64" => all.push(Self::Emulated),
+            _ => {}
         }
         all
     }
@@ -75,6 +80,7 @@ impl Source {
             Self::Usdt => "USDT probes",
             Self::Ioctls => "KVM ioctls",
             Self::Guest => "guest entries and exits",
+            Self::Emulated => "emulated guest code",
             Self::Threads => "ends of threads",
             Self::Function(function) => function.symbol(),
         }
@@ -132,6 +138,13 @@ impl Source {
                     ("guest_exit", Hook::Tracepoint("kvm", "kvm_exit")),
                     ("guest_enter", Hook::Tracepoint("kvm", "kvm_entry")),
                 ],
+            }],
+            Self::Emulated => &[Way {
+                name: "tracepoint",
+                programs: &[(
+                    "guest_emulated",
+                    Hook::Tracepoint("kvm", "kvm_emulate_insn"),
+                )],
             }],
             Self::Threads => &[Way {
                 name: "tracepoint",

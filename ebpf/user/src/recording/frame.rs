@@ -278,7 +278,7 @@ pub struct VcpuGap {
 /// When a vCPU left guest code, and when it entered it again: nearer to the truth than the edges of
 /// KVM_RUN, inside which KVM has work of its own to do, above all at a vCPU's first run. Written for
 /// the first entry after a first KVM_RUN or a [`VcpuGap`], and for a vCPU that stays out. Absent where
-/// the kernel's `kvm_entry` and `kvm_exit` do not fire.
+/// neither the kernel's `kvm_entry` and `kvm_exit` nor its `kvm_emulate_insn` fire.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct VcpuGuest {
     /// The process.
