@@ -3,6 +3,7 @@
 //!
 //! Programs are found by environment variables that `cargo xtask` sets; see [`programs`].
 
+pub mod cpus;
 pub mod guest_ram;
 pub mod observer;
 pub mod programs;
@@ -13,6 +14,7 @@ pub mod skip;
 pub mod tool;
 pub mod vmm;
 
+pub use cpus::Cpus;
 pub use guest_ram::GuestView;
 pub use observer::Observer;
 pub use proxy::Proxy;

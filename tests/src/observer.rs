@@ -4,9 +4,15 @@ use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
 use anyhow::{Context, Result, bail};
+use nix::sys::prctl::set_timerslack;
 use nix::time::{ClockId, clock_gettime};
 
+use crate::cpus::RunDelay;
 use crate::guest_ram::GuestView;
+
+/// Between two looks. A sleep that is over before the thread is off its CPU is none, and takes the
+/// CPU from what is watched: this one is long enough.
+const NAP: Duration = Duration::from_micros(20);
 
 /// What an [`Observer`] saw.
 #[derive(Clone, Copy, Debug)]
@@ -17,6 +23,9 @@ pub struct Seen {
     pub first_progress_ns: u64,
     /// How far both may be off, because the observer itself was not looking.
     pub error_ns: u64,
+    /// How long vCPUs were kept off their CPUs meanwhile. A guest that is entered and set aside
+    /// before it has counted looks dark from here and is not.
+    pub set_aside_ns: u64,
 }
 
 impl Seen {
@@ -26,7 +35,24 @@ impl Seen {
     }
 }
 
-/// Samples the counters of a source and a destination, as often as it can, on a thread.
+/// One side of a migration, as it is watched.
+#[derive(Debug)]
+pub struct Watched {
+    guest: GuestView,
+    delay: RunDelay,
+}
+
+impl Watched {
+    /// The guest of the monitor `pid`.
+    pub fn open(pid: u32) -> Result<Self> {
+        Ok(Watched {
+            guest: GuestView::open(pid)?,
+            delay: RunDelay::open(pid)?,
+        })
+    }
+}
+
+/// Looks at the counters of a source and a destination about every 50 us, on a thread.
 #[derive(Debug)]
 pub struct Observer {
     thread: JoinHandle<Result<Seen>>,
@@ -34,7 +60,7 @@ pub struct Observer {
 
 impl Observer {
     /// Watches `vcpus` counters in both guests until the destination's grow past the source's.
-    pub fn start(source: GuestView, destination: GuestView, vcpus: usize, limit: Duration) -> Self {
+    pub fn start(source: Watched, destination: Watched, vcpus: usize, limit: Duration) -> Self {
         let watch = move || watch(&source, &destination, vcpus, limit);
         Observer {
             thread: thread::spawn(watch),
@@ -47,21 +73,29 @@ impl Observer {
     }
 }
 
-fn watch(
-    source: &GuestView,
-    destination: &GuestView,
-    vcpus: usize,
-    limit: Duration,
-) -> Result<Seen> {
-    let start = now_ns()?;
+/// What one look that saw progress at the source found.
+struct Progress {
+    at_ns: u64,
+    error_ns: u64,
+    delay_ns: u64,
+}
+
+fn watch(source: &Watched, destination: &Watched, vcpus: usize, limit: Duration) -> Result<Seen> {
+    set_timerslack(1)?;
     let limit = u64::try_from(limit.as_nanos())?;
-    let mut counters = source.counters(vcpus);
+    let start = now_ns()?;
+    let waited_ns = destination.delay.ns()?;
+    let mut counters = source.guest.counters(vcpus);
     let mut before = start;
-    let (mut last_progress_ns, mut last_error) = (start, 0);
+    let mut last = Progress {
+        at_ns: start,
+        error_ns: 0,
+        delay_ns: source.delay.ns()?,
+    };
     loop {
         let mut progress = false;
         for (index, known) in counters.iter_mut().enumerate() {
-            let value = source.counter(index);
+            let value = source.guest.counter(index);
             progress |= value != *known;
             *known = value;
         }
@@ -69,23 +103,30 @@ fn watch(
         let alive = counters
             .iter()
             .enumerate()
-            .any(|(i, &known)| destination.counter(i) > known);
+            .any(|(i, &known)| destination.guest.counter(i) > known);
         let now = now_ns()?;
         if progress {
-            (last_progress_ns, last_error) = (now, now - before);
+            last = Progress {
+                at_ns: now,
+                error_ns: now - before,
+                delay_ns: source.delay.ns()?,
+            };
         }
         if alive {
-            let error_ns = last_error + (now - before);
+            let source_ns = source.delay.ns()? - last.delay_ns;
+            let destination_ns = destination.delay.ns()? - waited_ns;
             return Ok(Seen {
-                last_progress_ns,
+                last_progress_ns: last.at_ns,
                 first_progress_ns: now,
-                error_ns,
+                error_ns: last.error_ns + (now - before),
+                set_aside_ns: source_ns + destination_ns,
             });
         }
         if now - start > limit {
             bail!("the destination made no progress within {limit} ns");
         }
         before = now;
+        thread::sleep(NAP);
     }
 }
 

@@ -1,0 +1,92 @@
+//! Which CPU runs what, for tests that measure: a vCPU that shares its CPU stands still whenever
+//! the other thread runs, for as long as the scheduler likes.
+
+use std::fs::{self, File};
+use std::os::unix::fs::FileExt;
+use std::path::PathBuf;
+
+use anyhow::{Context, Result};
+use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
+use nix::unistd::Pid;
+
+/// A CPU for vCPUs alone.
+#[derive(Clone, Copy, Debug)]
+pub struct Cpus {
+    vcpus: usize,
+}
+
+impl Cpus {
+    /// Takes the first two that this thread may use, and moves it, with the processes and threads
+    /// that it starts from here on, to one of them. `None` where there is only one.
+    pub fn split() -> Result<Option<Self>> {
+        let this = Pid::from_raw(0);
+        let allowed = sched_getaffinity(this)?;
+        let mut usable = (0..CpuSet::count()).filter(|cpu| allowed.is_set(*cpu) == Ok(true));
+        let (Some(vcpus), Some(others)) = (usable.next(), usable.next()) else {
+            return Ok(None);
+        };
+        pin(this, others)?;
+        Ok(Some(Cpus { vcpus }))
+    }
+
+    /// Gives the vCPUs of the monitor `pid` their CPU.
+    pub fn pin_vcpus(&self, pid: u32) -> Result<()> {
+        for task in vcpu_threads(pid)? {
+            let tid = task.file_name().context("a task has a number")?;
+            pin(Pid::from_raw(tid.to_string_lossy().parse()?), self.vcpus)?;
+        }
+        Ok(())
+    }
+}
+
+/// How long a monitor's vCPUs were ready to run and had no CPU: `/proc/PID/task/TID/schedstat`.
+#[derive(Debug)]
+pub struct RunDelay {
+    vcpus: Vec<File>,
+}
+
+impl RunDelay {
+    /// Of the monitor `pid`.
+    pub fn open(pid: u32) -> Result<Self> {
+        let vcpus = vcpu_threads(pid)?.into_iter();
+        let open = |task: PathBuf| File::open(task.join("schedstat"));
+        Ok(RunDelay {
+            vcpus: vcpus.map(open).collect::<Result<_, _>>()?,
+        })
+    }
+
+    /// So far, all vCPUs together, ns.
+    pub fn ns(&self) -> Result<u64> {
+        let mut sum = 0;
+        for vcpu in &self.vcpus {
+            let mut text = [0; 64];
+            let length = vcpu.read_at(&mut text, 0)?;
+            // Time on a CPU, time ready to run, number of turns.
+            let text = std::str::from_utf8(&text[..length])?;
+            let delay = text.split_whitespace().nth(1).context("schedstat")?;
+            sum += delay.parse::<u64>()?;
+        }
+        Ok(sum)
+    }
+}
+
+/// The folders in /proc of the monitor's vCPU threads.
+fn vcpu_threads(pid: u32) -> Result<Vec<PathBuf>> {
+    let tasks = format!("/proc/{pid}/task");
+    let mut vcpus = Vec::new();
+    for task in fs::read_dir(&tasks).with_context(|| tasks.clone())? {
+        let task = task?.path();
+        // KVM's own threads take the name of the vCPU that they were made by.
+        let name = fs::read_to_string(task.join("comm"))?;
+        if name.starts_with("vcpu") {
+            vcpus.push(task);
+        }
+    }
+    Ok(vcpus)
+}
+
+fn pin(thread: Pid, cpu: usize) -> Result<()> {
+    let mut set = CpuSet::new();
+    set.set(cpu)?;
+    sched_setaffinity(thread, &set).with_context(|| format!("pinning {thread} to CPU {cpu}"))
+}
