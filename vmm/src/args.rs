@@ -1,5 +1,7 @@
 //! The command line.
 
+mod devices;
+
 use std::fmt;
 use std::path::PathBuf;
 use std::str::FromStr;
@@ -7,6 +9,7 @@ use std::str::FromStr;
 use blackout_abi::guest::{CMDLINE_MAX, MAX_VCPUS};
 use clap::Parser;
 use clap::error::ErrorKind;
+use vmm::devices::virtio::blk;
 use vmm::migration::uri;
 use vmm::payload::{Linux, Program};
 use vmm::qmp::Address;
@@ -66,6 +69,14 @@ pub(crate) struct Args {
         help_heading = "Machine"
     )]
     pub(crate) serial: Console,
+
+    /// A disk, a raw image or block device: `path=FILE[,readonly][,id=TEXT]`; once for each
+    #[arg(long = "disk", value_name = "OPTIONS", value_parser = devices::disk, help_heading = "Devices")]
+    pub(crate) disks: Vec<blk::Options>,
+
+    /// A source of randomness for the guest: the host's
+    #[arg(long, help_heading = "Devices")]
+    pub(crate) rng: bool,
 
     /// Control socket: `unix:PATH[,server=on][,wait=off]`
     #[arg(long, value_name = "ADDRESS", help_heading = "Control")]

@@ -20,6 +20,9 @@ pub enum Error {
     /// A state handler failed; all others have run.
     #[error(transparent)]
     Handler(#[from] HandlerError),
+    /// Something that only one monitor may have, such as a disk's image, is somebody else's.
+    #[error("another process uses a disk of this guest")]
+    Claim(#[source] io::Error),
     /// Output that was under way could not be finished.
     #[error("drain")]
     Drain(#[source] io::Error),
@@ -30,7 +33,7 @@ impl Errno for Error {
         match self {
             Error::State(_) => libc::EINVAL,
             Error::Handler(error) => error.errno(),
-            Error::Drain(error) => error.errno(),
+            Error::Drain(error) | Error::Claim(error) => error.errno(),
         }
     }
 }

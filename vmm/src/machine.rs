@@ -1,13 +1,21 @@
 //! What a VM is: its memory, its vCPUs, its devices, and the list of those that must be told when
 //! it starts and stops.
 
+use std::ffi::CString;
 use std::io;
+use std::ops::Range;
 use std::sync::mpsc::Sender;
-use std::sync::{Arc, Mutex, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::arch::{self, Mapped};
 use crate::devices::DeviceState;
+use crate::devices::pci::{
+    BusState, Ecam, FunctionHandler, FunctionState, KvmBackplane, Root, SharedRoot, Window,
+};
 use crate::devices::serial::Output;
+use crate::devices::virtio::blk::{self, Blk};
+use crate::devices::virtio::rng::Rng;
+use crate::devices::virtio::{self, VirtioPci};
 use crate::kvm::{self, Vcpu, Vm};
 use crate::memory::{self, GuestRam};
 use crate::payload::Program;
@@ -30,6 +38,17 @@ pub struct Config {
     pub cmdline: String,
     /// Where the guest's console output goes.
     pub console: Output,
+    /// What is on its PCI bus.
+    pub pci: PciDevices,
+}
+
+/// The devices of a PCI bus, which takes them in this order.
+#[derive(Clone, Debug, Default)]
+pub struct PciDevices {
+    /// Disks.
+    pub disks: Vec<blk::Options>,
+    /// Whether there is a source of randomness.
+    pub rng: bool,
 }
 
 /// A VM could not be built.
@@ -44,6 +63,12 @@ pub enum Error {
     /// Interrupt controller, boot state, or payload.
     #[error(transparent)]
     Arch(#[from] arch::Error),
+    /// A disk.
+    #[error(transparent)]
+    Disk(#[from] blk::Error),
+    /// A device's place on the bus, its interrupts or its thread.
+    #[error(transparent)]
+    Virtio(#[from] virtio::Error),
     /// The vCPUs' threads.
     #[error("vCPU threads")]
     Threads(#[source] io::Error),
@@ -55,6 +80,8 @@ impl Errno for Error {
             Error::Kvm(source) => source.errno(),
             Error::Memory(source) => source.errno(),
             Error::Arch(source) => source.errno(),
+            Error::Disk(error) => error.source.errno(),
+            Error::Virtio(error) => error.errno(),
             Error::Threads(source) => source.errno(),
         }
     }
@@ -65,6 +92,7 @@ pub struct Machine {
     pub(crate) vcpus: Vcpus,
     pub(crate) handlers: NotifyList,
     pub(crate) board: arch::Board,
+    pci: SharedRoot,
     devices: Vec<Box<dyn DeviceState>>,
     irqchip: arch::Irqchip,
     state: RunState,
@@ -104,11 +132,16 @@ impl Machine {
         }
 
         let board = arch::Board::new(&vm, config.console, requests)?;
-        let buses = buses(&board);
+        let pci = pci(&vm, &ram, &config.pci)?;
+        let buses = buses(&board, &pci);
 
         let mut handlers = NotifyList::default();
         for handler in irqchip.handlers(&vcpus) {
             handlers.register(handler);
+        }
+        let slots: Vec<_> = lock(&pci).slots().collect();
+        for &slot in &slots {
+            handlers.register(Box::new(FunctionHandler::new(&pci, slot)));
         }
 
         let mut devices = Vec::new();
@@ -117,6 +150,11 @@ impl Machine {
         }
         devices.extend(irqchip.devices());
         devices.extend(board.devices());
+        for slot in slots {
+            devices.push(Box::new(FunctionState::new(&pci, slot)));
+        }
+        // After the interrupt controller and every function: it connects the two.
+        devices.push(Box::new(BusState(Arc::clone(&pci))));
 
         let vcpus = Vcpus::spawn(vcpus, &Arc::new(buses), requests).map_err(Error::Threads)?;
         let state = RunState::Prelaunch;
@@ -124,6 +162,7 @@ impl Machine {
             vcpus,
             handlers,
             board,
+            pci,
             devices,
             irqchip,
             state,
@@ -196,6 +235,19 @@ impl Machine {
         self.board.serial()
     }
 
+    /// Takes what only one monitor may have at a time: the locks of its disks' images.
+    ///
+    /// # Errors
+    /// When another one has one.
+    pub fn claim(&self) -> io::Result<()> {
+        lock(&self.pci).claim()
+    }
+
+    /// Gives that up, because the guest is about to be a migration's destination's.
+    pub fn release(&self) {
+        lock(&self.pci).release();
+    }
+
     /// Tells whoever watches.
     pub fn emit(&self, event: Event) {
         self.events.send(event);
@@ -211,8 +263,30 @@ fn create_vcpus(vm: &Vm, count: u32) -> Result<Vec<Arc<Mutex<Vcpu>>>, Error> {
     (0..count).map(create).collect()
 }
 
+/// The PCI bus with everything on it, in the order of the places.
+fn pci(vm: &Arc<Vm>, ram: &GuestRam, devices: &PciDevices) -> Result<SharedRoot, Error> {
+    let windows = [arch::PCI.mmio32, arch::PCI.mmio64];
+    let backplane = Arc::new(KvmBackplane::new(Arc::clone(vm)));
+    let mut root = Root::new(windows, backplane);
+    let mut add = |kind: &str, number: usize, device: Box<dyn virtio::Device>| {
+        let name = CString::new(format!("{kind}/{number}")).unwrap_or_default();
+        VirtioPci::add(&mut root, name, device, ram.clone())
+    };
+    for (number, disk) in devices.disks.iter().enumerate() {
+        add("virtio-blk", number, Box::new(Blk::open(disk)?))?;
+    }
+    if devices.rng {
+        add("virtio-rng", 0, Box::new(Rng))?;
+    }
+    Ok(Arc::new(Mutex::new(root)))
+}
+
+fn lock(root: &SharedRoot) -> MutexGuard<'_, Root> {
+    root.lock().unwrap_or_else(PoisonError::into_inner)
+}
+
 /// Everything that an exit can reach.
-fn buses(board: &arch::Board) -> Buses {
+fn buses(board: &arch::Board, pci: &SharedRoot) -> Buses {
     let mut buses = Buses::default();
     for found in board.on_bus() {
         let bus = if found.pio {
@@ -221,6 +295,16 @@ fn buses(board: &arch::Board) -> Buses {
             &mut buses.mmio
         };
         bus.insert(found.base, found.size, found.device);
+    }
+    let mut insert = |range: Range<u64>, device| {
+        buses
+            .mmio
+            .insert(range.start, range.end - range.start, device);
+    };
+    insert(arch::PCI.ecam, Arc::new(Mutex::new(Ecam(Arc::clone(pci)))));
+    for window in [arch::PCI.mmio32, arch::PCI.mmio64] {
+        let bars = Window(Arc::clone(pci), window.start);
+        insert(window, Arc::new(Mutex::new(bars)));
     }
     buses
 }

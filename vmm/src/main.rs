@@ -11,7 +11,7 @@ use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, Result};
 use vmm::control::{vm_start, vm_stop};
-use vmm::machine::{Config, Machine, SharedMachine};
+use vmm::machine::{Config, Machine, PciDevices, SharedMachine};
 use vmm::migration::{Migrations, Parameters};
 use vmm::qmp::{Hub, Monitor, Server};
 use vmm::runstate::{Event, Request, RunState};
@@ -42,6 +42,10 @@ fn run(args: Args) -> Result<()> {
         program: args.program().filter(|_| args.incoming.is_none()),
         cmdline: args.cmdline,
         console: output,
+        pci: PciDevices {
+            disks: args.disks,
+            rng: args.rng,
+        },
     };
     let mut machine = Machine::new(config, hub.events(), &sender)?;
     machine.set_autostart(!args.paused);

@@ -2,10 +2,12 @@
 
 pub mod bus;
 pub mod line;
+pub mod pci;
 pub mod pl011;
 pub mod pl031;
 pub mod pl061;
 pub mod serial;
+pub mod virtio;
 
 use std::ffi::CStr;
 

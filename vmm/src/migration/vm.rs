@@ -128,6 +128,8 @@ impl SourceVm for SharedMachine {
         let machine = lock(self);
         match machine.run_state() {
             RunState::FinishMigrate => {
+                // The destination takes them before it runs the guest, after it has read `commit`.
+                machine.release();
                 send();
                 Ok(())
             }
@@ -140,7 +142,8 @@ impl SourceVm for SharedMachine {
         if machine.run_state() != RunState::FinishMigrate {
             return Ok(());
         }
-        let resumed = continue_in(&mut machine, old);
+        let claimed = machine.claim().map_err(control::Error::Claim);
+        let resumed = claimed.and_then(|()| continue_in(&mut machine, old));
         if resumed.is_err() {
             // No way out leads from the state of a switchover but this one.
             machine.set_state(RunState::Paused)?;
@@ -167,6 +170,7 @@ impl TargetVm for SharedMachine {
         let mut machine = lock(self);
         let held = old.is_running() && !machine.autostart();
         let state = if held { RunState::Paused } else { old };
+        machine.claim().map_err(control::Error::Claim)?;
         continue_in(&mut machine, state)?;
         let first_run = || machine.vcpus().wait_first_run(FIRST_RUN_TIMEOUT);
         Ok(state.is_running().then(first_run).flatten())

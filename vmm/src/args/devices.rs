@@ -1,0 +1,102 @@
+//! What the options of devices look like: `key=value` pairs and words between commas.
+
+use std::path::PathBuf;
+
+use vmm::devices::virtio::blk;
+
+/// The pairs of one option, each to be asked for once.
+struct Pairs<'a>(Vec<(&'a str, Option<&'a str>)>);
+
+impl<'a> Pairs<'a> {
+    fn parse(text: &'a str) -> Self {
+        let pairs = text.split(',').filter(|pair| !pair.is_empty());
+        Pairs(
+            pairs
+                .map(|pair| match pair.split_once('=') {
+                    Some((key, value)) => (key, Some(value)),
+                    None => (pair, None),
+                })
+                .collect(),
+        )
+    }
+
+    fn take(&mut self, key: &str) -> Option<Option<&'a str>> {
+        let at = self.0.iter().position(|(name, _)| *name == key)?;
+        Some(self.0.remove(at).1)
+    }
+
+    fn value(&mut self, key: &str) -> Result<Option<&'a str>, String> {
+        match self.take(key) {
+            None => Ok(None),
+            Some(None | Some("")) => Err(format!("'{key}' needs a value, as {key}=VALUE")),
+            Some(value) => Ok(value),
+        }
+    }
+
+    fn required(&mut self, key: &str) -> Result<&'a str, String> {
+        self.value(key)?
+            .ok_or_else(|| format!("'{key}=' is missing"))
+    }
+
+    fn word(&mut self, key: &str) -> Result<bool, String> {
+        match self.take(key) {
+            None => Ok(false),
+            Some(None) => Ok(true),
+            Some(Some(_)) => Err(format!("'{key}' takes no value")),
+        }
+    }
+
+    /// Nothing may be left.
+    fn end(self) -> Result<(), String> {
+        match self.0.first() {
+            None => Ok(()),
+            Some((key, _)) => Err(format!("unknown or repeated: '{key}'")),
+        }
+    }
+}
+
+/// `path=FILE[,readonly][,id=TEXT]`.
+pub(crate) fn disk(text: &str) -> Result<blk::Options, String> {
+    const ID_MAX: usize = 20;
+    let mut pairs = Pairs::parse(text);
+    let path = PathBuf::from(pairs.required("path")?);
+    let readonly = pairs.word("readonly")?;
+    let id = match pairs.value("id")? {
+        Some(id) if id.len() > ID_MAX || !id.is_ascii() => {
+            return Err(format!("'id' has at most {ID_MAX} ASCII characters"));
+        }
+        Some(id) => id.to_owned(),
+        None => blk::default_id(&path),
+    };
+    pairs.end()?;
+    Ok(blk::Options { path, readonly, id })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_disk_is_read() {
+        let disk = disk("path=/a/root.img,id=x,readonly").unwrap();
+        assert_eq!((disk.path, disk.readonly), ("/a/root.img".into(), true));
+        assert_eq!(disk.id, "x");
+        assert_eq!(super::disk("path=/a/root.img").unwrap().id, "root.img");
+    }
+
+    #[test]
+    fn what_is_wrong_with_a_disk_is_said() {
+        for (text, expected) in [
+            ("", "'path=' is missing"),
+            ("/a/root.img", "'path=' is missing"),
+            ("path=", "'path' needs a value"),
+            ("path=x,readonly=on", "'readonly' takes no value"),
+            ("path=x,cache=none", "unknown or repeated: 'cache'"),
+            ("path=x,path=y", "unknown or repeated: 'path'"),
+            ("path=x,id=123456789012345678901", "at most 20"),
+        ] {
+            let error = disk(text).unwrap_err();
+            assert!(error.contains(expected), "{text}: {error}");
+        }
+    }
+}
