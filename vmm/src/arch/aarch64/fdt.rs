@@ -7,8 +7,8 @@ use vm_fdt::FdtWriter;
 
 use super::Error;
 use super::layout::{
-    DEVICE_SIZE, GICD, GICD_SIZE, GICR, GICR_STRIDE, GPIO, GPIO_SPI, ITS, ITS_SIZE, RTC, RTC_SPI,
-    SERIAL, SERIAL_SPI,
+    DEVICE_SIZE, GICD, GICD_SIZE, GICR, GICR_STRIDE, GPIO, GPIO_SPI, ITS, ITS_SIZE, PCI, RTC,
+    RTC_SPI, SERIAL, SERIAL_SPI,
 };
 use crate::arch::BootParams;
 use crate::devices::pl061;
@@ -17,6 +17,7 @@ use crate::devices::pl061;
 const GIC: u32 = 1;
 const CLOCK: u32 = 2;
 const GPIO_CONTROLLER: u32 = 3;
+const MSI: u32 = 4;
 
 /// Kinds and triggers of interrupts (`bindings/interrupt-controller/arm,gic-v3.yaml`).
 const SPI: u32 = 0;
@@ -48,6 +49,7 @@ pub(super) fn build(
     serial(&mut fdt)?;
     rtc(&mut fdt)?;
     power_button(&mut fdt)?;
+    pci(&mut fdt)?;
     fdt.end_node(root)?;
     Ok(fdt.finish()?)
 }
@@ -114,6 +116,7 @@ fn gic(fdt: &mut FdtWriter, vcpus: u32) -> Result<(), Error> {
     let its = fdt.begin_node(&format!("msi-controller@{ITS:x}"))?;
     fdt.property_string("compatible", "arm,gic-v3-its")?;
     fdt.property_null("msi-controller")?;
+    fdt.property_phandle(MSI)?;
     fdt.property_u32("#msi-cells", 1)?;
     fdt.property_array_u64("reg", &[ITS, ITS_SIZE])?;
     fdt.end_node(its)?;
@@ -194,6 +197,34 @@ fn prime_cell(
     fdt.property_array_u32("interrupts", &[SPI, spi, LEVEL])?;
     fdt.property_array_u32("clocks", &vec![CLOCK; clocks.len()])?;
     Ok(fdt.property_string_list("clock-names", strings(clocks))?)
+}
+
+/// The host bridge (`bindings/pci/host-generic-pci.yaml`). A function's requester id is its device
+/// id at the ITS.
+fn pci(fdt: &mut FdtWriter) -> Result<(), Error> {
+    /// First cells of a range: memory below 4 GiB; memory above, prefetchable.
+    const MEMORY_32: u32 = 0x0200_0000;
+    const MEMORY_64: u32 = 0x4300_0000;
+    const REQUESTERS: u32 = 1 << 16;
+    let ecam = &PCI.ecam;
+    let node = fdt.begin_node(&format!("pcie@{:x}", ecam.start))?;
+    fdt.property_string("compatible", "pci-host-ecam-generic")?;
+    fdt.property_string("device_type", "pci")?;
+    fdt.property_u32("#address-cells", 3)?;
+    fdt.property_u32("#size-cells", 2)?;
+    fdt.property_array_u64("reg", &[ecam.start, ecam.end - ecam.start])?;
+    fdt.property_array_u32("bus-range", &[0, 0])?;
+    let windows = [(MEMORY_32, &PCI.mmio32), (MEMORY_64, &PCI.mmio64)];
+    let halves = |value: u64| [(value >> 32) as u32, value as u32];
+    let ranges = windows.map(|(kind, window)| {
+        let [high, low] = halves(window.start);
+        let [size_high, size_low] = halves(window.end - window.start);
+        [kind, high, low, high, low, size_high, size_low]
+    });
+    fdt.property_array_u32("ranges", ranges.as_flattened())?;
+    fdt.property_array_u32("msi-map", &[0, MSI, 0, REQUESTERS])?;
+    fdt.property_null("dma-coherent")?;
+    Ok(fdt.end_node(node)?)
 }
 
 #[cfg(test)]
