@@ -19,7 +19,8 @@ use blackout_abi::guest::{self, SharedPage, command, state};
 use clap::Parser;
 use serde_json::{Map, Value, json};
 use vmm::control::{vm_start, vm_stop};
-use vmm::machine::{Config, Machine};
+use vmm::machine::{Config, Machine, PciDevices};
+use vmm::payload::Program;
 use vmm::probes::Guarded;
 use vmm::runstate::{EventSender, RunState};
 use vmm::spanlog::{SpanLog, SpanRecord, monotonic_ns};
@@ -154,9 +155,10 @@ impl Guest {
         let config = Config {
             ram_size: arguments.memory << 20,
             vcpus: arguments.cpus,
-            payload,
+            program: payload.map(Program::Payload),
             cmdline,
             console: Box::new(io::sink()),
+            pci: PciDevices::default(),
         };
         let machine = Machine::new(config, EventSender::new(|_| {}), &mpsc::channel().0)?;
         Ok(Guest { machine })
