@@ -9,7 +9,8 @@ use anyhow::{Result, ensure};
 use harness::programs;
 use vmm::control::{vm_start, vm_stop};
 use vmm::devices::DeviceState;
-use vmm::machine::{Config, Machine};
+use vmm::machine::{Config, Machine, PciDevices};
+use vmm::payload::Program;
 use vmm::runstate::{EventSender, RunState};
 
 /// Damaged states that each device is given, of each kind.
@@ -76,9 +77,13 @@ fn machine(boots: bool) -> Result<Machine> {
     let config = Config {
         ram_size: 32 << 20,
         vcpus: 2,
-        payload: boots.then(programs::guest).transpose()?,
+        program: boots
+            .then(programs::guest)
+            .transpose()?
+            .map(Program::Payload),
         cmdline: "its_devices=4 its_events=4 dirty=64K".into(),
         console: Box::new(io::sink()),
+        pci: PciDevices::default(),
     };
     // Nobody waits for events or requests: the receiver goes away at once.
     let (requests, _) = mpsc::channel();
