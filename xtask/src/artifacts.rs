@@ -10,7 +10,7 @@ use anyhow::{Context, Result, bail};
 use clap::ValueEnum;
 use serde_json::Value;
 
-use crate::{command, paths, toolchain::Choice};
+use crate::{command, kernel::Arch, paths, toolchain::Choice};
 
 /// Where built programs will run.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
@@ -22,6 +22,19 @@ pub(crate) enum Platform {
 }
 
 impl Platform {
+    /// Where programs for a testbed of `arch` come from: the x86-64 one runs those of an x86-64
+    /// machine itself.
+    ///
+    /// # Errors
+    /// When this machine builds none for it.
+    pub(crate) fn of_testbed(arch: Arch) -> Result<Self> {
+        match arch {
+            Arch::Aarch64 => Ok(Self::Testbed),
+            Arch::X86_64 if ARCH == "x86_64" => Ok(Self::Host),
+            Arch::X86_64 => bail!("only x86-64 machines build for the x86-64 testbed"),
+        }
+    }
+
     /// The architecture, as Rust and the kernel's tools spell it.
     pub(crate) fn arch(self) -> &'static str {
         match self {

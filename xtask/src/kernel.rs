@@ -179,6 +179,8 @@ const GUEST_MODULES: [&str; 7] = [
 /// A kernel that is there to be booted, with the static busybox that goes with it.
 #[derive(Clone, Debug)]
 pub(crate) struct Kernel {
+    /// What it runs on.
+    pub(crate) arch: Arch,
     /// The kernel's `Image` or `bzImage`.
     pub(crate) image: PathBuf,
     /// A static busybox of the same architecture.
@@ -209,6 +211,7 @@ impl Kernel {
             .filter(|(_, file)| file.is_file())
             .collect();
         Ok(Self {
+            arch: package.arch,
             image,
             busybox: folder.join("busybox"),
             modules,

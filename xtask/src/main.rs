@@ -36,7 +36,7 @@ enum Verb {
     Build(build::Arguments),
     /// Migrate a guest, measure its blackout, and show where it went.
     Demo(demo::Arguments),
-    /// A shell, or one command, on emulated arm64 with KVM and an ITS.
+    /// A shell, or one command, on an emulated machine with KVM: arm64 with an ITS, or x86-64.
     Testbed(testbed::Arguments),
     /// Run the tests: units, then integration on this machine and in the testbed.
     Test(test::Arguments),

@@ -30,7 +30,7 @@ pub(crate) struct Arguments {
 pub(crate) enum Purpose {
     /// Building for this machine.
     Build,
-    /// Building for the arm64 testbed, and booting it.
+    /// Building for the testbeds, and booting them.
     Testbed,
     /// Running every test: the tools that the tests hold the project against.
     Test,
@@ -98,8 +98,15 @@ fn needs(purposes: &[Purpose]) -> Vec<Box<dyn Need>> {
             package: "xz-utils",
         }));
         needs.push(Box::new(Package::testbed(Series::V6_12, Arch::Aarch64)));
-        for series in Series::ALL {
-            needs.push(Box::new(Package::guest(series, Arch::Aarch64)));
+        needs.push(Box::new(Program {
+            name: "qemu-system-x86_64",
+            package: "qemu-system-x86",
+        }));
+        needs.push(Box::new(Package::testbed(Series::V6_12, Arch::X86_64)));
+        for arch in [Arch::Aarch64, Arch::X86_64] {
+            for series in Series::ALL {
+                needs.push(Box::new(Package::guest(series, arch)));
+            }
         }
     }
     if purposes.contains(&Purpose::Test) {
@@ -111,12 +118,6 @@ fn needs(purposes: &[Purpose]) -> Vec<Box<dyn Need>> {
             name: "node",
             package: "nodejs",
         }));
-        if ARCH == "x86_64" {
-            needs.push(Box::new(Program {
-                name: "qemu-system-x86_64",
-                package: "qemu-system-x86",
-            }));
-        }
         needs.push(Box::new(python::Environment));
     }
     needs

@@ -1,4 +1,5 @@
-//! `cargo xtask testbed`: a shell, or one command, on emulated arm64 with KVM and an ITS.
+//! `cargo xtask testbed`: a shell, or one command, on an emulated machine with KVM: arm64 with an
+//! ITS, or x86-64.
 
 mod machine;
 
@@ -16,6 +17,9 @@ use crate::setup::{self, Purpose};
 /// Arguments of `cargo xtask testbed`.
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
+    /// What to emulate.
+    #[arg(long, value_enum, default_value = "aarch64")]
+    arch: Arch,
     /// Count instructions instead of time: one CPU whose clock advances 1 ns an instruction.
     #[arg(long)]
     icount: bool,
@@ -51,7 +55,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
         setup::ensure(&[Purpose::Testbed])?;
     }
     let mut testbed = Testbed::new(
-        Kernel::find(Package::testbed(arguments.kernel, Arch::Aarch64))?,
+        Kernel::find(Package::testbed(arguments.kernel, arguments.arch))?,
         &arguments.name,
     )
     .memory_mib(arguments.memory)
@@ -61,11 +65,11 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
         Mode::Function
     });
     if !arguments.no_build {
-        testbed = testbed.programs(&artifacts::build(Platform::Testbed)?);
+        testbed = testbed.programs(&artifacts::build(Platform::of_testbed(arguments.arch)?)?);
     }
     if arguments.linux {
         testbed = testbed
-            .shared(&linux::prepare(Arch::Aarch64)?, "linux")?
+            .shared(&linux::prepare(arguments.arch)?, "linux")?
             .env(linux::VARIABLE, "/share/linux");
     }
     for file in &arguments.file {

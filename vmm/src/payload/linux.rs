@@ -115,26 +115,33 @@ pub fn open_kernel(path: &Path, limit: u64) -> Result<File, Error> {
     unpack(packed, limit).map_err(damaged)
 }
 
-/// Reads the file at `path` to the guest-physical address `gpa`, and returns the range that it takes.
+/// Reads the file at `path` to where `place` says that a file of so many bytes goes, and returns the
+/// range that it takes. Everything from `lowest` on would be free.
 ///
 /// # Errors
 /// When it can't be read or there is no such room.
-pub fn load_initrd(ram: &GuestRam, path: &Path, gpa: u64) -> Result<Range<u64>, Error> {
+pub fn load_initrd(
+    ram: &GuestRam,
+    path: &Path,
+    lowest: u64,
+    place: impl FnOnce(u64) -> Option<u64>,
+) -> Result<Range<u64>, Error> {
     let file_error = |source| Error::File {
         path: path.to_owned(),
         source,
     };
     let mut file = File::open(path).map_err(file_error)?;
     let size = file.metadata().map_err(file_error)?.len();
-    let place = || Error::Place {
+    let no_room = || Error::Place {
         path: path.to_owned(),
-        gpa,
+        gpa: lowest,
         size,
     };
-    let count = usize::try_from(size).map_err(|_| place())?;
+    let count = usize::try_from(size).map_err(|_| no_room())?;
+    let gpa = place(size).ok_or_else(no_room)?;
     ram.mem()
         .read_exact_volatile_from(GuestAddress(gpa), &mut file, count)
-        .map_err(|_| place())?;
+        .map_err(|_| no_room())?;
     Ok(gpa..gpa.saturating_add(size))
 }
 
@@ -255,9 +262,11 @@ mod tests {
         let ram = GuestRam::new(&[(0x1000, 0x2000)]).unwrap();
         let mut file = tempfile::NamedTempFile::new().unwrap();
         file.write_all(&[1; 0x1000]).unwrap();
-        let range = load_initrd(&ram, file.path(), 0x2000).unwrap();
+        let range = load_initrd(&ram, file.path(), 0x1000, |_| Some(0x2000)).unwrap();
         assert_eq!(range, 0x2000..0x3000);
-        let error = load_initrd(&ram, file.path(), 0x2001).unwrap_err();
-        assert_eq!(error.errno(), libc::ENOMEM);
+        for place in [Some(0x2001), None] {
+            let error = load_initrd(&ram, file.path(), 0x1000, |_| place).unwrap_err();
+            assert_eq!(error.errno(), libc::ENOMEM);
+        }
     }
 }

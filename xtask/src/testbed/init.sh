@@ -27,7 +27,7 @@ mount -t 9p -o trans=virtio,version=9p2000.L,msize=262144 share /share ||
 
 cd /root
 if [ -e /etc/interactive ]; then
-    echo "Linux $(uname -r) on arm64 with EL2, GICv3 and ITS. Shared folder: /share. 'exit' powers off." \
+    echo "Linux $(uname -rm) with KVM. Shared folder: /share. 'exit' powers off." \
         > /dev/hvc0
     setsid -c sh -c '. /etc/command' < /dev/hvc0 > /dev/hvc0 2>&1
 else

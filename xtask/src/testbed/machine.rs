@@ -1,8 +1,11 @@
-//! One run of the testbed: an emulated arm64 computer with EL2, a GICv3 and its ITS.
+//! One run of a testbed: an emulated arm64 computer with EL2, a GICv3 and its ITS, or an x86-64 one
+//! with SVM.
 //!
 //! QEMU's TCG needs neither root nor KVM. Inside, a stock Debian kernel offers a working `/dev/kvm`,
-//! so the VMM's arm64 half meets the real `KVM_DEV_ARM_ITS_SAVE_TABLES`.
+//! so the VMM's arm64 half meets the real `KVM_DEV_ARM_ITS_SAVE_TABLES`, and its x86-64 half boots
+//! Linux wherever this machine's own KVM can't.
 
+use std::collections::BTreeSet;
 use std::fs;
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
@@ -10,7 +13,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 
-use crate::{artifacts::Artifacts, command, initramfs::Initramfs, kernel::Kernel, paths};
+use crate::kernel::{Arch, Kernel};
+use crate::{artifacts::Artifacts, command, initramfs::Initramfs, paths};
 
 /// What the testbed's clock counts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -215,11 +219,27 @@ impl Testbed {
         for (host, guest) in &self.files {
             initramfs.copy(host, guest)?;
         }
+        for library in self.libraries()? {
+            initramfs.copy(&library, &library.display().to_string())?;
+        }
         initramfs.file("/etc/command", self.shell_command(program).as_bytes())?;
         if interactive {
             initramfs.file("/etc/interactive", b"")?;
         }
         initramfs.finish()
+    }
+
+    /// The shared libraries of the programs that were built for this machine itself.
+    fn libraries(&self) -> Result<BTreeSet<PathBuf>> {
+        let mut libraries = BTreeSet::new();
+        if self.kernel.arch == Arch::X86_64 {
+            for (program, _) in &self.files {
+                // It fails for what is no program, or a static one.
+                let listed = command::probe(Command::new("ldd").arg(program));
+                libraries.extend(listed_libraries(&listed.unwrap_or_default()));
+            }
+        }
+        Ok(libraries)
     }
 
     fn shell_command(&self, program: &[&str]) -> String {
@@ -232,19 +252,20 @@ impl Testbed {
     }
 
     fn qemu_command(&self) -> Command {
+        let (program, machine, cpu, console) = match self.kernel.arch {
+            Arch::Aarch64 => (
+                "qemu-system-aarch64",
+                "virt,virtualization=on,gic-version=3,its=on,dtb-kaslr-seed=off",
+                "max,pauth-impdef=on",
+                "ttyAMA0",
+            ),
+            Arch::X86_64 => ("qemu-system-x86_64", "q35", "max,+svm", "ttyS0"),
+        };
         // setpriv ends QEMU when this process dies, however it dies.
         let mut qemu = Command::new("setpriv");
-        qemu.args(["--pdeathsig", "KILL", "qemu-system-aarch64"])
-            .args([
-                "-machine",
-                "virt,virtualization=on,gic-version=3,its=on,dtb-kaslr-seed=off",
-            ])
-            .args([
-                "-cpu",
-                "max,pauth-impdef=on",
-                "-m",
-                &self.memory_mib.to_string(),
-            ])
+        qemu.args(["--pdeathsig", "KILL", program])
+            .args(["-machine", machine, "-cpu", cpu])
+            .args(["-m", &self.memory_mib.to_string()])
             .args(["-nodefaults", "-display", "none", "-no-reboot"])
             .arg("-serial")
             .arg(format!("file:{}", option(&self.log_file())))
@@ -252,10 +273,10 @@ impl Testbed {
             .arg(&self.kernel.image)
             .arg("-initrd")
             .arg(self.initramfs_file())
-            .args([
-                "-append",
-                "console=ttyAMA0 quiet nokaslr panic=-1 nmi_watchdog=panic,1",
-            ])
+            .arg("-append")
+            .arg(format!(
+                "console={console} quiet nokaslr panic=-1 nmi_watchdog=panic,1"
+            ))
             .args(["-device", "virtio-serial-pci"])
             .arg("-chardev")
             .arg(format!(
@@ -278,9 +299,7 @@ impl Testbed {
     fn finished(&self, exit: ExitStatus, started: Instant) -> Result<Finished> {
         let elapsed = started.elapsed();
         if !exit.success() {
-            bail!(
-                "qemu-system-aarch64 failed: {exit}; if it is not there, run `cargo xtask setup`"
-            );
+            bail!("QEMU failed: {exit}; if it is not there, run `cargo xtask setup`");
         }
         let text = fs::read_to_string(self.status_file()).context("cannot read the status file")?;
         match text.trim().parse() {
@@ -320,6 +339,14 @@ impl Testbed {
     }
 }
 
+/// The paths in what `ldd` printed.
+fn listed_libraries(listed: &str) -> impl Iterator<Item = PathBuf> {
+    let paths = listed
+        .split_whitespace()
+        .filter(|word| word.starts_with('/'));
+    paths.map(PathBuf::from)
+}
+
 /// `path` as a value within one of QEMU's comma-separated options.
 fn option(path: &Path) -> String {
     path.display().to_string().replace(',', ",,")
@@ -337,6 +364,13 @@ mod tests {
     #[test]
     fn words_reach_the_shell_as_they_are() {
         assert_eq!(quote("it's $HOME"), r"'it'\''s $HOME'");
+    }
+
+    #[test]
+    fn libraries_are_found_in_what_ldd_prints() {
+        let listed = "\tlinux-vdso.so.1 (0x7ffc)\n\tlibc.so.6 => /lib/libc.so.6 (0x7f)\n\t/lib64/ld.so (0x7f)\n";
+        let found: Vec<_> = listed_libraries(listed).collect();
+        assert_eq!(found, ["/lib/libc.so.6", "/lib64/ld.so"].map(PathBuf::from));
     }
 
     #[test]

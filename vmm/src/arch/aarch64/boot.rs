@@ -101,7 +101,8 @@ fn load_linux(ram: &GuestRam, linux: &Linux, boot: &BootParams<'_>) -> Result<En
         let (path, gpa) = (linux.kernel.clone(), start);
         return Err(linux::Error::Place { path, gpa, size }.into());
     }
-    let load_initrd = |path| linux::load_initrd(ram, path, end.next_multiple_of(KERNEL_ALIGN));
+    let behind = end.next_multiple_of(KERNEL_ALIGN);
+    let load_initrd = |path| linux::load_initrd(ram, path, behind, |_| Some(behind));
     let initrd = linux.initrd.as_deref().map(load_initrd).transpose()?;
     let tree = fdt::build(ram.size(), boot, initrd)?;
     let written = ram.mem().write_slice(&tree, GuestAddress(FDT));

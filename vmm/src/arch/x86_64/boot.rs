@@ -1,6 +1,7 @@
-//! How a payload starts: in 64-bit mode, at privilege 0, with the first 4 GiB mapped one to one.
+//! How a program starts: Linux in protected mode, see `linux.rs`; a payload in 64-bit mode, at
+//! privilege 0, with the first 4 GiB mapped one to one.
 //!
-//! `rdi` holds the address of the boot page, `rsp` the top of a small stack, every other general
+//! In the latter `rdi` holds the address of the boot page, `rsp` the top of a small stack, every other general
 //! register 0. Interrupts are off, there is no IDT, and SSE may be used. Pages of 2 MiB map the
 //! first 4 GiB, writable and executable; a guest with RAM above that maps it itself. The other
 //! vCPUs wait for INIT and SIPI. `layout` says where everything lies.
@@ -11,22 +12,50 @@ use blackout_abi::guest::{BOOT_MAGIC, BootPage, X86_64_BOOT_PAGE, X86_64_RAM_BAS
 use kvm_bindings::{kvm_dtable, kvm_regs, kvm_segment};
 use object::elf::EM_X86_64;
 
-use super::{Error, layout};
+use super::{Error, layout, linux};
 use crate::arch::BootParams;
 use crate::kvm::Vcpu;
 use crate::memory::{GuestRam, PAGE_SIZE};
-use crate::payload::{self, Program, Target, linux};
+use crate::payload::{self, Program, Target};
 
-/// Where the first vCPU starts.
+/// Where the first vCPU starts, and how.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Entry {
+    mode: Mode,
     rip: u64,
 }
 
-/// Null, 64-bit code, data: descriptors as the CPU reads them (Intel SDM volume 3, 3.4.5).
-const GDT: [u64; 3] = [0, 0x00af_9b00_0000_ffff, 0x00cf_9300_0000_ffff];
-const CODE_SELECTOR: u16 = 8;
-const DATA_SELECTOR: u16 = 16;
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Mode {
+    /// 64-bit mode, with the boot page.
+    Long,
+    /// 32-bit protected mode without paging; `info` is what `ebx` (PVH) and `esi` (Linux's boot
+    /// protocol) point to.
+    Protected { info: u64 },
+}
+
+impl Entry {
+    /// An entry in 32-bit protected mode.
+    pub(super) fn protected(eip: u64, info: u64) -> Self {
+        Entry {
+            mode: Mode::Protected { info },
+            rip: eip,
+        }
+    }
+}
+
+/// Null, 64-bit code, 32-bit code, data: descriptors as the CPU reads them (Intel SDM volume 3,
+/// 3.4.5). The last two are where Linux's boot protocol wants them.
+const GDT: [u64; 4] = [
+    0,
+    0x00af_9b00_0000_ffff,
+    0x00cf_9b00_0000_ffff,
+    0x00cf_9300_0000_ffff,
+];
+const CODE64_SELECTOR: u16 = 8;
+const CODE32_SELECTOR: u16 = 16;
+const DATA_SELECTOR: u16 = 24;
+const TASK_SELECTOR: u16 = 32;
 
 /// Bits of a page table entry: present, writable, and "maps a large page".
 const PRESENT: u64 = 1;
@@ -54,11 +83,7 @@ const RFLAGS_RESERVED: u64 = 1 << 1;
 pub fn load(ram: &GuestRam, program: &Program, boot: &BootParams<'_>) -> Result<Entry, Error> {
     match program {
         Program::Payload(path) => load_payload(ram, path, boot),
-        Program::Linux(linux) => Err(linux::Error::Foreign {
-            path: linux.kernel.clone(),
-            problem: "this monitor boots Linux on arm64 only".into(),
-        }
-        .into()),
+        Program::Linux(kernel) => linux::load(ram, kernel, boot),
     }
 }
 
@@ -85,17 +110,16 @@ fn load_payload(ram: &GuestRam, payload: &Path, boot: &BootParams<'_>) -> Result
         cmdline,
     };
     payload::write_boot_page(ram.mem(), X86_64_BOOT_PAGE, &page)?;
-    write_words(ram, layout::GDT, GDT)?;
+    write_gdt(ram)?;
     write_page_tables(ram)?;
-    Ok(Entry { rip })
+    let mode = Mode::Long;
+    Ok(Entry { mode, rip })
 }
 
 /// Lets `vcpu`, the first one, start at `entry`. The others keep their reset state.
 pub fn set_entry(vcpu: &mut Vcpu, entry: &Entry) -> Result<(), Error> {
     let mut sregs = vcpu.sregs()?;
-    let code = segment(CODE_SELECTOR, 0xb, true);
-    let data = segment(DATA_SELECTOR, 0x3, false);
-    sregs.cs = code;
+    let data = segment(DATA_SELECTOR, Kind::Data);
     (sregs.ds, sregs.es, sregs.ss) = (data, data, data);
     (sregs.fs, sregs.gs) = (data, data);
     sregs.gdt = kvm_dtable {
@@ -103,37 +127,62 @@ pub fn set_entry(vcpu: &mut Vcpu, entry: &Entry) -> Result<(), Error> {
         limit: size_of_val(&GDT) as u16 - 1,
         ..Default::default()
     };
-    // The first exception finds no gate, so that a broken payload resets and does not spin.
+    // The first exception finds no gate, so that a broken program resets and does not spin.
     sregs.idt = kvm_dtable::default();
-    sregs.cr3 = layout::PAGE_TABLES;
-    sregs.cr4 = CR4_PAE | CR4_OSFXSR | CR4_OSXMMEXCPT;
-    sregs.cr0 = CR0_PG | CR0_NE | CR0_ET | CR0_MP | CR0_PE;
-    sregs.efer = EFER_LME | EFER_LMA;
-    vcpu.set_sregs(&sregs)?;
-    vcpu.set_regs(&kvm_regs {
+    let mut regs = kvm_regs {
         rip: entry.rip,
-        rsp: layout::STACK_TOP,
-        rdi: X86_64_BOOT_PAGE,
         rflags: RFLAGS_RESERVED,
         ..Default::default()
-    })?;
-    Ok(())
+    };
+    match entry.mode {
+        Mode::Long => {
+            sregs.cs = segment(CODE64_SELECTOR, Kind::Code64);
+            sregs.cr3 = layout::PAGE_TABLES;
+            sregs.cr4 = CR4_PAE | CR4_OSFXSR | CR4_OSXMMEXCPT;
+            sregs.cr0 = CR0_PG | CR0_NE | CR0_ET | CR0_MP | CR0_PE;
+            sregs.efer = EFER_LME | EFER_LMA;
+            (regs.rsp, regs.rdi) = (layout::STACK_TOP, X86_64_BOOT_PAGE);
+        }
+        Mode::Protected { info } => {
+            sregs.cs = segment(CODE32_SELECTOR, Kind::Code32);
+            sregs.tr = segment(TASK_SELECTOR, Kind::Task);
+            (sregs.cr0, sregs.cr3, sregs.cr4, sregs.efer) = (CR0_ET | CR0_PE, 0, 0, 0);
+            (regs.rbx, regs.rsi) = (info, info);
+        }
+    }
+    vcpu.set_sregs(&sregs)?;
+    Ok(vcpu.set_regs(&regs)?)
 }
 
-/// A flat segment, as [`GDT`] describes it.
-fn segment(selector: u16, type_: u8, code: bool) -> kvm_segment {
+/// What a segment is for.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Kind {
+    Code64,
+    Code32,
+    Data,
+    Task,
+}
+
+/// A flat segment, as [`GDT`] describes it; a task segment as small as one can be.
+fn segment(selector: u16, kind: Kind) -> kvm_segment {
+    let task = kind == Kind::Task;
     kvm_segment {
         base: 0,
-        limit: u32::MAX,
+        limit: if task { 0x67 } else { u32::MAX },
         selector,
-        type_,
+        type_: if kind == Kind::Data { 0x3 } else { 0xb },
         present: 1,
-        s: 1,
-        g: 1,
-        l: u8::from(code),
-        db: u8::from(!code),
+        s: u8::from(!task),
+        g: u8::from(!task),
+        l: u8::from(kind == Kind::Code64),
+        db: u8::from(matches!(kind, Kind::Code32 | Kind::Data)),
         ..Default::default()
     }
+}
+
+/// The descriptors that segments are loaded from again.
+pub(super) fn write_gdt(ram: &GuestRam) -> Result<(), Error> {
+    write_words(ram, layout::GDT, GDT)
 }
 
 fn write_page_tables(ram: &GuestRam) -> Result<(), Error> {

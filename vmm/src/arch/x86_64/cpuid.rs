@@ -14,6 +14,8 @@ const AMD_CACHES: u32 = 0x8000_001d;
 const AMD_TOPOLOGY: u32 = 0x8000_001e;
 
 const ECX_VMX: u32 = 1 << 5;
+/// Without it guests do not look for KVM's own leaves, kvmclock among them.
+const ECX_HYPERVISOR: u32 = 1 << 31;
 const EDX_HTT: u32 = 1 << 28;
 const AMD_ECX_SVM: u32 = 1 << 2;
 
@@ -29,8 +31,8 @@ enum Register {
 /// Where a leaf's bits are features: one that the guest has seen must be there wherever it runs.
 /// (leaf, subleaf, register, bits that say something else)
 const FEATURE_BITS: &[(u32, u32, Register, u32)] = &[
-    // OSXSAVE mirrors CR4.
-    (FEATURES, 0, Register::Ecx, 1 << 27),
+    // OSXSAVE mirrors CR4; hosts do not say that they are hypervisors.
+    (FEATURES, 0, Register::Ecx, 1 << 27 | ECX_HYPERVISOR),
     (FEATURES, 0, Register::Edx, EDX_HTT),
     (7, 0, Register::Ebx, 0),
     // OSPKE mirrors CR4.
@@ -69,7 +71,7 @@ pub(super) fn for_vcpu(
         match entry.function {
             FEATURES => {
                 entry.ebx = entry.ebx & 0xffff | (vcpus & 0xff) << 16 | index << 24;
-                entry.ecx &= !ECX_VMX;
+                entry.ecx = entry.ecx & !ECX_VMX | ECX_HYPERVISOR;
                 entry.edx &= !EDX_HTT;
                 entry.edx |= if vcpus > 1 { EDX_HTT } else { 0 };
             }

@@ -9,7 +9,9 @@
 //! | 0x6000–0x8fff | stack at entry |
 //! | 0x9000–0xefff | page tables at entry |
 //! | 0xf000 | free RAM from here; there is no firmware, no VGA hole |
-//! | 0xe_0000–0xf_ffff | Linux: the ACPI tables |
+//! | 0x7000 | Linux: `boot_params` or PVH start info, then PVH's other tables |
+//! | 0x2_0000 | Linux: command line |
+//! | 0xe_0000–0xf_ffff | Linux: ACPI tables |
 //! | 0x10_0000 | flat payloads; kernels, where they say |
 //! | 0xc000_0000–0xdfff_ffff | PCI: memory BARs below 4 GiB |
 //! | 0xe000_0000 | PCI: ECAM, 1 MiB: bus 0 |
@@ -71,6 +73,24 @@ pub(super) const GDT: u64 = 0x1000;
 pub(super) const STACK_TOP: u64 = 0x9000;
 /// The page tables at entry: PML4, PDPT, then one page directory for each of 4 GiB.
 pub(super) const PAGE_TABLES: u64 = 0x9000;
+/// Linux: what the kernel's first page is, `boot_params` or PVH's start info.
+pub(super) const BOOT_INFO: u64 = 0x7000;
+/// Linux: PVH's list of modules, one of which there is: the initial RAM disk.
+pub(super) const MODULES: u64 = 0x8000;
+/// Linux: PVH's memory map.
+pub(super) const MEMORY_MAP: u64 = 0x8100;
+/// Linux: the command line, with a NUL.
+pub(super) const CMDLINE: u64 = 0x2_0000;
+/// Linux: where PCs have graphics and firmware. It is RAM here, but kernels do not take it as such.
+pub(super) const LEGACY_HOLE: Range<u64> = 0xa_0000..0x10_0000;
+/// Linux: the ACPI tables, the RSDP first: in the range that old kernels search for it.
+pub(super) const ACPI: Range<u64> = 0xe_0000..0x10_0000;
+/// Linux: kernels lie here or higher.
+pub(super) const KERNEL_MIN: u64 = 0x10_0000;
+/// The I/O APIC.
+pub(super) const IO_APIC: u32 = 0xfec0_0000;
+/// Every vCPU's local APIC.
+pub(super) const LOCAL_APIC: u32 = 0xfee0_0000;
 /// What the monitor writes before the first instruction. No payload may lie here.
 pub(super) const RESERVED: Range<u64> = GDT..0xf000;
 /// Where a flat binary goes.

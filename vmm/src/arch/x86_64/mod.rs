@@ -4,6 +4,7 @@
 //! `vcpu` are what a vCPU can do and the state it is in, `irqchip` and `pit` are what KVM emulates
 //! outside the vCPUs, `clock` is hop `[7]`, `power` is how a guest switches itself off.
 
+mod acpi;
 mod at_stop;
 mod board;
 mod boot;
@@ -11,6 +12,7 @@ mod clock;
 mod cpuid;
 mod irqchip;
 mod layout;
+mod linux;
 mod pit;
 mod power;
 mod vcpu;
@@ -26,7 +28,7 @@ pub use crate::devices::serial::Serial as Uart;
 
 use std::io;
 
-use crate::payload::linux;
+use crate::payload::linux::Error as LinuxError;
 use crate::probes::Errno;
 use crate::{kvm, memory, payload};
 
@@ -47,7 +49,7 @@ pub enum Error {
     Payload(#[from] payload::Error),
     /// The kernel can't be loaded.
     #[error(transparent)]
-    Linux(#[from] linux::Error),
+    Linux(#[from] LinuxError),
     /// The console's interrupt.
     #[error("the console's irqfd")]
     Irqfd(#[source] io::Error),
