@@ -9,4 +9,5 @@ pub mod cli;
 pub mod export;
 pub mod recording;
 pub mod report;
+pub mod stats;
 pub mod usdt;
