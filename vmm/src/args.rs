@@ -9,7 +9,7 @@ use std::str::FromStr;
 use blackout_abi::guest::{CMDLINE_MAX, MAX_VCPUS};
 use clap::Parser;
 use clap::error::ErrorKind;
-use vmm::devices::virtio::blk;
+use vmm::devices::virtio::{blk, console, net};
 use vmm::migration::uri;
 use vmm::payload::{Linux, Program};
 use vmm::qmp::Address;
@@ -73,6 +73,15 @@ pub(crate) struct Args {
     /// A disk, a raw image or block device: `path=FILE[,readonly][,id=TEXT]`; once for each
     #[arg(long = "disk", value_name = "OPTIONS", value_parser = devices::disk, help_heading = "Devices")]
     pub(crate) disks: Vec<blk::Options>,
+
+    /// A network card on a tap interface: `tap=NAME[,mac=ADDRESS]`; once for each
+    #[arg(long = "net", value_name = "OPTIONS", value_parser = devices::net, help_heading = "Devices")]
+    pub(crate) nets: Vec<net::Options>,
+
+    /// A console that is faster than the serial one: null, file:PATH, or unix:PATH to listen for one
+    /// client at a time; once for each
+    #[arg(long = "console", value_name = "WHERE", value_parser = devices::console, help_heading = "Devices")]
+    pub(crate) consoles: Vec<console::Options>,
 
     /// A source of randomness for the guest: the host's
     #[arg(long, help_heading = "Devices")]

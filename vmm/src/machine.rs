@@ -14,6 +14,8 @@ use crate::devices::pci::{
 };
 use crate::devices::serial::Output;
 use crate::devices::virtio::blk::{self, Blk};
+use crate::devices::virtio::console::{self, Console};
+use crate::devices::virtio::net::{self, Net};
 use crate::devices::virtio::rng::Rng;
 use crate::devices::virtio::{self, VirtioPci};
 use crate::kvm::{self, Vcpu, Vm};
@@ -47,6 +49,10 @@ pub struct Config {
 pub struct PciDevices {
     /// Disks.
     pub disks: Vec<blk::Options>,
+    /// Network cards.
+    pub nets: Vec<net::Options>,
+    /// Consoles.
+    pub consoles: Vec<console::Options>,
     /// Whether there is a source of randomness.
     pub rng: bool,
 }
@@ -66,6 +72,12 @@ pub enum Error {
     /// A disk.
     #[error(transparent)]
     Disk(#[from] blk::Error),
+    /// A network card.
+    #[error(transparent)]
+    Net(#[from] net::Error),
+    /// A console.
+    #[error(transparent)]
+    Console(#[from] console::Error),
     /// A device's place on the bus, its interrupts or its thread.
     #[error(transparent)]
     Virtio(#[from] virtio::Error),
@@ -81,6 +93,8 @@ impl Errno for Error {
             Error::Memory(source) => source.errno(),
             Error::Arch(source) => source.errno(),
             Error::Disk(error) => error.source.errno(),
+            Error::Net(error) => error.source.errno(),
+            Error::Console(_) => libc::EINVAL,
             Error::Virtio(error) => error.errno(),
             Error::Threads(source) => source.errno(),
         }
@@ -274,6 +288,12 @@ fn pci(vm: &Arc<Vm>, ram: &GuestRam, devices: &PciDevices) -> Result<SharedRoot,
     };
     for (number, disk) in devices.disks.iter().enumerate() {
         add("virtio-blk", number, Box::new(Blk::open(disk)?))?;
+    }
+    for (number, net) in devices.nets.iter().enumerate() {
+        add("virtio-net", number, Box::new(Net::open(net)?))?;
+    }
+    for (number, console) in devices.consoles.iter().enumerate() {
+        add("virtio-console", number, Box::new(Console::open(console)?))?;
     }
     if devices.rng {
         add("virtio-rng", 0, Box::new(Rng))?;

@@ -44,6 +44,8 @@ fn run(args: Args) -> Result<()> {
         console: output,
         pci: PciDevices {
             disks: args.disks,
+            nets: args.nets,
+            consoles: args.consoles,
             rng: args.rng,
         },
     };

@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use vmm::devices::virtio::blk;
+use vmm::devices::virtio::{blk, console, net};
 
 /// The pairs of one option, each to be asked for once.
 struct Pairs<'a>(Vec<(&'a str, Option<&'a str>)>);
@@ -72,6 +72,29 @@ pub(crate) fn disk(text: &str) -> Result<blk::Options, String> {
     Ok(blk::Options { path, readonly, id })
 }
 
+/// `tap=NAME[,mac=ADDRESS]`.
+pub(crate) fn net(text: &str) -> Result<net::Options, String> {
+    let mut pairs = Pairs::parse(text);
+    let tap = pairs.required("tap")?.to_owned();
+    let mac = match pairs.value("mac")? {
+        Some(mac) => mac.parse()?,
+        None => net::Mac::of_tap(&tap),
+    };
+    pairs.end()?;
+    Ok(net::Options { tap, mac })
+}
+
+/// `null`, `file:PATH` or `unix:PATH`.
+pub(crate) fn console(text: &str) -> Result<console::Options, String> {
+    match text.split_once(':') {
+        Some((_, "")) => Err("there is no path after the colon".to_owned()),
+        Some(("file", path)) => Ok(console::Options::File(path.into())),
+        Some(("unix", path)) => Ok(console::Options::Unix(path.into())),
+        None if text == "null" => Ok(console::Options::Null),
+        _ => Err("expected null, file:PATH or unix:PATH".to_owned()),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -82,6 +105,37 @@ mod tests {
         assert_eq!((disk.path, disk.readonly), ("/a/root.img".into(), true));
         assert_eq!(disk.id, "x");
         assert_eq!(super::disk("path=/a/root.img").unwrap().id, "root.img");
+    }
+
+    #[test]
+    fn a_network_card_is_read() {
+        let card = net("mac=52:54:00:12:34:56,tap=tap0").unwrap();
+        assert_eq!(
+            (card.tap.as_str(), card.mac.to_string().as_str()),
+            ("tap0", "52:54:00:12:34:56")
+        );
+        assert_eq!(net("tap=a").unwrap(), net("tap=a").unwrap());
+        assert_ne!(net("tap=a").unwrap().mac, net("tap=b").unwrap().mac);
+        for mac in [
+            "",
+            "52:54:00:12:34",
+            "01:00:00:00:00:00",
+            "00:00:00:00:00:00",
+            "5:54:00:12:34:567",
+        ] {
+            assert!(net(&format!("tap=a,mac={mac}")).is_err(), "{mac}");
+        }
+    }
+
+    #[test]
+    fn a_console_is_read() {
+        assert_eq!(
+            console("unix:/a:b"),
+            Ok(console::Options::Unix("/a:b".into()))
+        );
+        for text in ["", "file:", "tty", "pty:x"] {
+            assert!(console(text).is_err(), "{text}");
+        }
     }
 
     #[test]

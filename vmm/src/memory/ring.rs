@@ -5,7 +5,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
+use std::os::fd::{AsRawFd, RawFd};
 
 use io_uring::{IoUring, opcode, squeue, types};
 
@@ -144,10 +144,9 @@ impl<T> Ring<T> {
 }
 
 /// Readable when a request is done.
-impl<T> AsFd for Ring<T> {
-    fn as_fd(&self) -> BorrowedFd<'_> {
-        // SAFETY: the ring's descriptor stays open as long as the ring, which the result borrows.
-        unsafe { BorrowedFd::borrow_raw(self.ring.as_raw_fd()) }
+impl<T> AsRawFd for Ring<T> {
+    fn as_raw_fd(&self) -> RawFd {
+        self.ring.as_raw_fd()
     }
 }
 

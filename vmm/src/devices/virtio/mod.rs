@@ -9,6 +9,8 @@
 //! resets the device ([`Fault`]); the monitor stays up.
 
 pub mod blk;
+pub mod console;
+pub mod net;
 pub mod queue;
 pub mod rng;
 #[cfg(test)]
@@ -17,7 +19,7 @@ mod transport;
 mod worker;
 
 use std::io;
-use std::os::fd::BorrowedFd;
+use std::os::fd::RawFd;
 
 pub use transport::{Error, VirtioPci};
 
@@ -83,7 +85,7 @@ pub trait Device: Send {
 
     /// What the worker waits for besides the driver's kicks. Each is looked at when it becomes
     /// readable or writable, once until it does so again.
-    fn sources(&self) -> Vec<BorrowedFd<'_>>;
+    fn sources(&self) -> Vec<RawFd>;
     /// The worker begins, or begins again after a stop. On a destination this is the first time,
     /// and `arrived` is true.
     ///

@@ -96,6 +96,14 @@ impl Io {
         Ok(())
     }
 
+    /// Has the worker look at the queue again, after it has looked whether it is to stop.
+    pub fn again(&self, index: usize) {
+        if let Some(Some(queue)) = self.queues.get(index) {
+            // A counter that is full says the same.
+            let _ = queue.kick.write(1);
+        }
+    }
+
     /// Whether the driver has enabled the queue.
     pub fn has(&self, index: usize) -> bool {
         matches!(self.queues.get(index), Some(Some(_)))

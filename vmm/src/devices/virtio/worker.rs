@@ -130,7 +130,7 @@ impl Service {
         let first_source = STOP + 1 + self.io.queues.len() as u64;
         for (token, source) in (first_source..).zip(self.device.sources()) {
             let events = EventSet::IN | EventSet::OUT | EventSet::EDGE_TRIGGERED;
-            watch(source.as_raw_fd(), events, token)?;
+            watch(source, events, token)?;
         }
 
         let arrived = std::mem::take(&mut self.arrived);

@@ -3,7 +3,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsRawFd, RawFd};
 
 use nix::fcntl::{FallocateFlags, fallocate};
 
@@ -98,9 +98,9 @@ impl Engine {
     }
 
     /// What to wait for, besides the driver.
-    pub(super) fn source(&self) -> Option<BorrowedFd<'_>> {
+    pub(super) fn source(&self) -> Option<RawFd> {
         match self {
-            Engine::Ring(ring, _) => Some(ring.as_fd()),
+            Engine::Ring(ring, _) => Some(ring.as_raw_fd()),
             Engine::Calls(_) => None,
         }
     }

@@ -9,7 +9,7 @@ mod request;
 
 use std::fs::{File, OpenOptions};
 use std::io::{self, Seek, SeekFrom};
-use std::os::fd::BorrowedFd;
+use std::os::fd::RawFd;
 use std::path::{Path, PathBuf};
 
 use virtio_bindings::virtio_blk::{
@@ -198,7 +198,7 @@ impl Device for Blk {
         Ok(())
     }
 
-    fn sources(&self) -> Vec<BorrowedFd<'_>> {
+    fn sources(&self) -> Vec<RawFd> {
         self.engine.source().into_iter().collect()
     }
 
