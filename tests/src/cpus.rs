@@ -76,9 +76,9 @@ fn vcpu_threads(pid: u32) -> Result<Vec<PathBuf>> {
     let mut vcpus = Vec::new();
     for task in fs::read_dir(&tasks).with_context(|| tasks.clone())? {
         let task = task?.path();
-        // KVM's own threads take the name of the vCPU that they were made by.
+        // The second is QEMU's. KVM's own threads take the name of the vCPU that made them.
         let name = fs::read_to_string(task.join("comm"))?;
-        if name.starts_with("vcpu") {
+        if name.starts_with("vcpu") || name.starts_with("CPU ") {
             vcpus.push(task);
         }
     }

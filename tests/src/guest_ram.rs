@@ -132,13 +132,17 @@ impl GuestView {
     }
 }
 
-/// The memfd `blackout-ram` among a process's files.
+/// The memfds that monitors have guest RAM in: ours, and QEMU's.
+const MEMFDS: [&str; 2] = ["/memfd:blackout-ram", "/memfd:memory-backend-memfd"];
+
+/// The memfd with guest RAM among a process's files.
 fn memfd(pid: u32) -> Result<PathBuf> {
     let files = format!("/proc/{pid}/fd");
     for entry in fs::read_dir(&files).with_context(|| files.clone())? {
         let path = entry?.path();
         let target = fs::read_link(&path).unwrap_or_default();
-        if target.to_string_lossy().starts_with("/memfd:blackout-ram") {
+        let target = target.to_string_lossy();
+        if MEMFDS.iter().any(|name| target.starts_with(name)) {
             return Ok(path);
         }
     }

@@ -1,5 +1,6 @@
 //! A monitor as a child process.
 
+use std::env::consts::ARCH;
 use std::fs::{self, File};
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -64,29 +65,20 @@ impl Vmm {
     /// Starts a monitor and waits until its QMP answers.
     pub fn spawn(options: &VmmOptions) -> Result<Self> {
         let dir = TempDir::with_prefix("blackout-")?;
-        let mut command = Command::new(programs::vmm()?);
+        Vmm::start(blackout(options, &dir)?, dir)
+    }
+
+    /// Starts Debian's QEMU in its place, with the same guest in a like machine.
+    pub fn spawn_qemu(options: &VmmOptions) -> Result<Self> {
+        let dir = TempDir::with_prefix("blackout-")?;
+        Vmm::start(qemu(options, &dir)?, dir)
+    }
+
+    fn start(mut command: Command, dir: TempDir) -> Result<Self> {
         command
-            .args([
-                "--memory",
-                &options.memory,
-                "--cpus",
-                &options.cpus.to_string(),
-            ])
-            .arg("--qmp")
-            .arg(format!("unix:{}", dir.path().join("qmp").display()))
-            .arg("--serial")
-            .arg(format!("file:{}", dir.path().join("console").display()))
-            .args(&options.extra)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(File::create(dir.path().join("stderr"))?);
-        match &options.incoming {
-            Some(uri) => command.args(["--incoming", uri]),
-            None => command
-                .arg("--payload")
-                .arg(programs::guest()?)
-                .args(["--cmdline", &options.cmdline]),
-        };
         let mut child = command
             .spawn()
             .with_context(|| format!("starting {command:?}"))?;
@@ -149,6 +141,53 @@ impl Vmm {
         let bytes = fs::read(self.dir.path().join(name)).unwrap_or_default();
         String::from_utf8_lossy(&bytes).into_owned()
     }
+}
+
+fn blackout(options: &VmmOptions, dir: &TempDir) -> Result<Command> {
+    let file = |name| dir.path().join(name).display().to_string();
+    let mut command = Command::new(programs::vmm()?);
+    command
+        .args(["--memory", &options.memory])
+        .args(["--cpus", &options.cpus.to_string()])
+        .args(["--qmp", &format!("unix:{}", file("qmp"))])
+        .args(["--serial", &format!("file:{}", file("console"))])
+        .args(&options.extra);
+    match &options.incoming {
+        Some(uri) => command.args(["--incoming", uri]),
+        None => command
+            .arg("--payload")
+            .arg(programs::guest()?)
+            .args(["--cmdline", &options.cmdline]),
+    };
+    Ok(command)
+}
+
+/// What QEMU needs to run the bare-metal guest with KVM and to be looked into from outside.
+fn qemu(options: &VmmOptions, dir: &TempDir) -> Result<Command> {
+    let file = |name| dir.path().join(name).display().to_string();
+    let memory = &options.memory;
+    let mut command = Command::new(format!("qemu-system-{ARCH}"));
+    command
+        .args(["-accel", "kvm", "-M", "pc,memory-backend=ram"])
+        // KVM on a development machine does not know this one, and QEMU asks for it.
+        .args(["-cpu", "host,-arch-capabilities"])
+        .args(["-nodefaults", "-display", "none", "-m", memory])
+        .args(["-smp", &options.cpus.to_string()])
+        .arg("-object")
+        .arg(format!(
+            "memory-backend-memfd,id=ram,size={memory},share=on"
+        ))
+        .args(["-name", "guest,debug-threads=on"])
+        .args(["-serial", &format!("file:{}", file("console"))])
+        .args(["-qmp", &format!("unix:{},server=on,wait=off", file("qmp"))])
+        .args(["-append", &options.cmdline])
+        .arg("-kernel")
+        .arg(programs::guest()?)
+        .args(&options.extra);
+    if let Some(uri) = &options.incoming {
+        command.args(["-incoming", uri]);
+    }
+    Ok(command)
 }
 
 impl Drop for Vmm {

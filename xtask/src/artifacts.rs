@@ -57,6 +57,8 @@ pub(crate) struct Artifacts {
     pub(crate) scenario: PathBuf,
     /// What measures the ITS and GIC handlers, `bench-its`.
     pub(crate) bench_its: PathBuf,
+    /// What measures dark times, `bench-downtime`.
+    pub(crate) bench_downtime: PathBuf,
 }
 
 impl Artifacts {
@@ -113,6 +115,7 @@ pub(crate) fn build(platform: Platform) -> Result<Artifacts> {
         tool: program("blackout")?,
         scenario: program("blackout-scenario")?,
         bench_its: program("bench-its")?,
+        bench_downtime: program("bench-downtime")?,
         guest,
     })
 }

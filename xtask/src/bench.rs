@@ -1,5 +1,6 @@
 //! `cargo xtask bench`: what the stop path costs, in numbers that repeat.
 
+mod downtime;
 mod its;
 mod plot;
 
@@ -15,6 +16,8 @@ pub(crate) struct Arguments {
 
 #[derive(Subcommand)]
 enum What {
+    /// How long a guest is dark while it migrates, beside QEMU, on this machine.
+    Downtime(downtime::Arguments),
     /// ITS and GIC: save, pending tables and restore, in instructions, in the arm64 testbed.
     Its(its::Arguments),
 }
@@ -22,6 +25,7 @@ enum What {
 /// Runs the verb; 1 when a figure is not what it should be.
 pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
     match &arguments.what {
+        What::Downtime(arguments) => downtime::run(arguments),
         What::Its(arguments) => its::run(arguments),
     }
 }

@@ -7,6 +7,7 @@
 mod cpu;
 mod entry;
 mod interrupts;
+mod pvh;
 
 use core::fmt::Write;
 

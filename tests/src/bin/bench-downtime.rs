@@ -1,0 +1,141 @@
+//! How long a guest is dark while it migrates, seen from outside: the same guest in this project's
+//! monitor and in QEMU, in turn. `cargo xtask bench downtime` runs it and says what comes of it.
+//!
+//! Prints one JSON object a line for each migration.
+
+use std::net::TcpListener;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use clap::{Parser, ValueEnum};
+use harness::observer::Watched;
+use harness::{GuestView, Observer, Vmm, VmmOptions};
+use serde_json::json;
+
+/// How long a guest may take to set itself up, and a migration to end.
+const LIMIT: Duration = Duration::from_secs(120);
+
+/// An observer that did not look for longer than this, or a tenth of what it saw, can't judge.
+const SHARP_NS: u64 = 100_000;
+
+/// Migrations until one can be judged.
+const TRIES: usize = 5;
+
+/// Migrates a bare-metal guest between two monitors and measures its dark time from outside.
+#[derive(Parser)]
+#[command(name = "bench-downtime")]
+struct Arguments {
+    /// Whose migrations to measure; they take turns.
+    #[arg(long, value_enum, required = true, value_delimiter = ',')]
+    monitors: Vec<Monitor>,
+    /// Over what.
+    #[arg(long, value_enum, required = true, value_delimiter = ',')]
+    transports: Vec<Transport>,
+    /// Bytes that the guest keeps dirty, as 1M or 16M.
+    #[arg(long, required = true, value_delimiter = ',')]
+    dirty: Vec<String>,
+    /// Guest RAM.
+    #[arg(long, default_value = "128M")]
+    memory: String,
+    /// Migrations of each kind.
+    #[arg(long, default_value_t = 15)]
+    runs: usize,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Monitor {
+    Blackout,
+    Qemu,
+}
+
+#[derive(Clone, Copy, ValueEnum)]
+enum Transport {
+    Tcp,
+    Unix,
+}
+
+fn main() -> ExitCode {
+    match run(&Arguments::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(arguments: &Arguments) -> Result<()> {
+    for _ in 0..arguments.runs {
+        for &transport in &arguments.transports {
+            for dirty in &arguments.dirty {
+                for &monitor in &arguments.monitors {
+                    let judged = || migrate(arguments, monitor, transport, dirty);
+                    // Printed all the same: how often it takes several says how far to trust it.
+                    for _ in 0..TRIES {
+                        if judged()? {
+                            break;
+                        }
+                    }
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Migrates a fresh guest once and prints what was seen. Whether that was seen sharply.
+
+fn migrate(
+    arguments: &Arguments,
+    monitor: Monitor,
+    transport: Transport,
+    dirty: &str,
+) -> Result<bool> {
+    let spawn = match monitor {
+        Monitor::Blackout => Vmm::spawn,
+        Monitor::Qemu => Vmm::spawn_qemu,
+    };
+    let options = VmmOptions {
+        memory: arguments.memory.clone(),
+        cmdline: format!("dirty={dirty}"),
+        ..VmmOptions::default()
+    };
+    let mut source = spawn(&options)?;
+    let guest = GuestView::open(source.pid())?;
+    guest
+        .wait_ready(LIMIT)
+        .with_context(|| format!("the console says: {}", source.console()))?;
+    let uri = match transport {
+        Transport::Unix => format!("unix:{}", source.dir().join("migration").display()),
+        Transport::Tcp => {
+            let free = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
+            format!("tcp:127.0.0.1:{free}")
+        }
+    };
+    let destination = spawn(&options.incoming(&uri))?;
+    guest.wait_progress(0, LIMIT)?;
+    let watched = (
+        Watched::open(source.pid())?,
+        Watched::open(destination.pid())?,
+    );
+    let observer = Observer::start(watched.0, watched.1, 1, LIMIT);
+    let answer = source.qmp.migrate(&uri, LIMIT)?;
+    ensure!(answer["status"] == "completed", "{answer}");
+    let seen = observer.finish()?;
+    let judged = seen.error_ns <= SHARP_NS.max(seen.blackout_ns() / 10);
+    let line = json!({
+        "monitor": monitor.to_possible_value().map(|value| value.get_name().to_owned()),
+        "transport": transport.to_possible_value().map(|value| value.get_name().to_owned()),
+        "dirty": dirty,
+        "dark_ns": seen.blackout_ns(),
+        "error_ns": seen.error_ns,
+        "judged": judged,
+        "set_aside_ns": seen.set_aside_ns,
+        // As the monitor itself says, ms.
+        "downtime": answer["downtime"],
+        "total_time": answer["total-time"],
+    });
+    println!("{line}");
+    Ok(judged)
+}
