@@ -9,7 +9,7 @@ use std::str::FromStr;
 use blackout_abi::guest::{CMDLINE_MAX, MAX_VCPUS};
 use clap::Parser;
 use clap::error::ErrorKind;
-use vmm::devices::virtio::{blk, console, net};
+use vmm::devices::virtio::{blk, console, net, vsock};
 use vmm::migration::uri;
 use vmm::payload::{Linux, Program};
 use vmm::qmp::Address;
@@ -82,6 +82,11 @@ pub(crate) struct Args {
     /// client at a time; once for each
     #[arg(long = "console", value_name = "WHERE", value_parser = devices::console, help_heading = "Devices")]
     pub(crate) consoles: Vec<console::Options>,
+
+    /// Sockets between guest and host: `cid=N,path=SOCKET`; a program of the host connects to SOCKET
+    /// and writes `CONNECT PORT`, one of the guest reaches SOCKET_PORT
+    #[arg(long, value_name = "OPTIONS", value_parser = devices::vsock, help_heading = "Devices")]
+    pub(crate) vsock: Option<vsock::Options>,
 
     /// A source of randomness for the guest: the host's
     #[arg(long, help_heading = "Devices")]

@@ -17,6 +17,7 @@ use crate::devices::virtio::blk::{self, Blk};
 use crate::devices::virtio::console::{self, Console};
 use crate::devices::virtio::net::{self, Net};
 use crate::devices::virtio::rng::Rng;
+use crate::devices::virtio::vsock::{self, Vsock};
 use crate::devices::virtio::{self, VirtioPci};
 use crate::kvm::{self, Vcpu, Vm};
 use crate::memory::{self, GuestRam};
@@ -53,6 +54,8 @@ pub struct PciDevices {
     pub nets: Vec<net::Options>,
     /// Consoles.
     pub consoles: Vec<console::Options>,
+    /// Sockets between guest and host.
+    pub vsock: Option<vsock::Options>,
     /// Whether there is a source of randomness.
     pub rng: bool,
 }
@@ -78,6 +81,9 @@ pub enum Error {
     /// A console.
     #[error(transparent)]
     Console(#[from] console::Error),
+    /// Sockets.
+    #[error("the vsock")]
+    Vsock(#[source] io::Error),
     /// A device's place on the bus, its interrupts or its thread.
     #[error(transparent)]
     Virtio(#[from] virtio::Error),
@@ -96,7 +102,7 @@ impl Errno for Error {
             Error::Net(error) => error.source.errno(),
             Error::Console(_) => libc::EINVAL,
             Error::Virtio(error) => error.errno(),
-            Error::Threads(source) => source.errno(),
+            Error::Threads(source) | Error::Vsock(source) => source.errno(),
         }
     }
 }
@@ -294,6 +300,10 @@ fn pci(vm: &Arc<Vm>, ram: &GuestRam, devices: &PciDevices) -> Result<SharedRoot,
     }
     for (number, console) in devices.consoles.iter().enumerate() {
         add("virtio-console", number, Box::new(Console::open(console)?))?;
+    }
+    if let Some(vsock) = &devices.vsock {
+        let device = Vsock::new(vsock).map_err(Error::Vsock)?;
+        add("virtio-vsock", 0, Box::new(device))?;
     }
     if devices.rng {
         add("virtio-rng", 0, Box::new(Rng))?;

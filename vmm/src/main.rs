@@ -46,6 +46,7 @@ fn run(args: Args) -> Result<()> {
             disks: args.disks,
             nets: args.nets,
             consoles: args.consoles,
+            vsock: args.vsock,
             rng: args.rng,
         },
     };

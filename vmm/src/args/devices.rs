@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use vmm::devices::virtio::{blk, console, net};
+use vmm::devices::virtio::{blk, console, net, vsock};
 
 /// The pairs of one option, each to be asked for once.
 struct Pairs<'a>(Vec<(&'a str, Option<&'a str>)>);
@@ -95,6 +95,25 @@ pub(crate) fn console(text: &str) -> Result<console::Options, String> {
     }
 }
 
+/// `cid=N,path=SOCKET`.
+pub(crate) fn vsock(text: &str) -> Result<vsock::Options, String> {
+    /// Below it are addresses with a meaning, 2 being the host's; the last one is any.
+    const FIRST: u32 = 3;
+    let mut pairs = Pairs::parse(text);
+    let cid = match pairs.required("cid")?.parse() {
+        Ok(cid) if (FIRST..u32::MAX).contains(&cid) => cid,
+        _ => {
+            return Err(format!(
+                "'cid' is a number from {FIRST} to {}",
+                u32::MAX - 1
+            ));
+        }
+    };
+    let path = PathBuf::from(pairs.required("path")?);
+    pairs.end()?;
+    Ok(vsock::Options { cid, path })
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -135,6 +154,22 @@ mod tests {
         );
         for text in ["", "file:", "tty", "pty:x"] {
             assert!(console(text).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn a_vsock_is_read() {
+        let sockets = vsock("cid=3,path=/a/v").unwrap();
+        assert_eq!((sockets.cid, sockets.path), (3, "/a/v".into()));
+        for text in [
+            "",
+            "cid=3",
+            "path=x",
+            "cid=2,path=x",
+            "cid=4294967295,path=x",
+            "cid=x,path=x",
+        ] {
+            assert!(vsock(text).is_err(), "{text}");
         }
     }
 

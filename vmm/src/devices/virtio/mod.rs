@@ -16,6 +16,7 @@ pub mod rng;
 #[cfg(test)]
 pub(crate) mod testing;
 mod transport;
+pub mod vsock;
 mod worker;
 
 use std::io;

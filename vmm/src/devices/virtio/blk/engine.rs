@@ -84,8 +84,8 @@ impl Engine {
         loop {
             let (request, operation, result) = ring.pop()?;
             match advance((request, operation, result)) {
-                Ok(ended) => return Some(ended),
-                Err((request, rest)) => {
+                Progress::Ended(ended) => return Some(ended),
+                Progress::Rest(request, rest) => {
                     if let Err((request, _)) = ring.push(request, rest) {
                         return Some((request, Err(io::ErrorKind::ResourceBusy.into())));
                     }
@@ -106,22 +106,26 @@ impl Engine {
     }
 }
 
-/// What a completion means: the end of its request, or what is left of it.
-fn advance(
-    (request, operation, result): Completion<Request>,
-) -> Result<Ended, (Request, Operation)> {
+/// What a completion means.
+enum Progress {
+    Ended(Ended),
+    /// A part of it was done; this is left.
+    Rest(Request, Operation),
+}
+
+fn advance((request, operation, result): Completion<Request>) -> Progress {
     let moved = match result {
         Err(error) if error.kind() == io::ErrorKind::Interrupted => 0,
-        Err(error) => return Ok((request, Err(error))),
+        Err(error) => return Progress::Ended((request, Err(error))),
         // The file is shorter than the disk it was.
         Ok(0) if matches!(operation, Operation::Read(..) | Operation::Write(..)) => {
-            return Ok((request, Err(io::ErrorKind::UnexpectedEof.into())));
+            return Progress::Ended((request, Err(io::ErrorKind::UnexpectedEof.into())));
         }
         Ok(moved) => moved,
     };
     match rest(operation, moved) {
-        Some(rest) => Err((request, rest)),
-        None => Ok((request, Ok(()))),
+        Some(rest) => Progress::Rest(request, rest),
+        None => Progress::Ended((request, Ok(()))),
     }
 }
 

@@ -112,7 +112,8 @@ fn what_is_discarded_or_zeroed_reads_as_zero() {
 fn a_request_that_can_not_be_is_answered_with_an_error() {
     let image = image();
     let mut driver = start(&image);
-    let rows: [(u32, u64, &[(u64, u32, bool)], u8); 7] = [
+    type Row = (u32, u64, &'static [(u64, u32, bool)], u8);
+    let rows: [Row; 7] = [
         (0, SECTORS, &[(DATA, 512, true)], 1),
         (0, SECTORS - 1, &[(DATA, 1024, true)], 1),
         (0, u64::MAX, &[(DATA, 512, true)], 1),

@@ -219,7 +219,10 @@ impl Registers {
         };
         let mut bytes = address.to_le_bytes();
         let from = (offset & 7) as usize;
-        if let (true, Some(part)) = (from % 4 == 0, bytes.get_mut(from..from + data.len())) {
+        if let (true, Some(part)) = (
+            from.is_multiple_of(4),
+            bytes.get_mut(from..from + data.len()),
+        ) {
             part.copy_from_slice(data);
             *address = u64::from_le_bytes(bytes);
         }
