@@ -97,15 +97,75 @@ macro_rules! detail {
     ($arg:ident $kind:ident $($rest:tt)*) => { detail!($($rest)*) };
 }
 
-/// Keeps functions that one architecture never calls: the linker would drop their code and leave
-/// their notes behind, which point nowhere then. So every monitor has every probe of the table.
-macro_rules! keep {
-    ($($kind:ty = $function:path;)*) => {
+/// The instruction of a site does nothing, and is one that the kernel emulates when it has put a
+/// breakpoint on it. What it does not emulate it copies away and single-steps, which costs a second
+/// exception and a flush of the instruction cache.
+///
+/// * On arm64 that is a branch to the next instruction: a `nop` is single-stepped up to Linux 6.12
+///   (`arch/arm64/kernel/probes/decode-insn.c`).
+/// * On x86-64 it is the `nop` of one byte. Linux 6.18 turns one of five bytes into a call, which makes
+///   later hits cheaper, but the first one costs 50 µs, and most sites of the stop path are hit once.
+#[cfg(target_arch = "aarch64")]
+macro_rules! assemble {
+    ($($rest:tt)*) => {
+        std::arch::asm!("990: b 991f", $($rest)*)
+    };
+}
+#[cfg(target_arch = "x86_64")]
+macro_rules! assemble {
+    ($($rest:tt)*) => {
+        std::arch::asm!("990: nop", $($rest)*, options(att_syntax))
+    };
+}
+
+/// A function that is a probe's site and nothing else, without a semaphore, and the note of it
+/// (`sys/sdt.h`; systemtap's wiki, "UserSpaceProbeImplementation"): link-time addresses of the site and
+/// of `.stapsdt.base`, no semaphore, provider, name, and where the arguments are.
+///
+/// All sites lie together: whoever attaches has the kernel copy the pages that they are on, for each
+/// process, and copies one or two instead of one after the other of the stop path's. One copy of each
+/// site, too: one that is inlined stands in the notes many times, with other registers in each.
+///
+/// The static keeps sites that one architecture never calls: the linker would drop their code and
+/// leave their notes behind, which point nowhere then. So every monitor has every probe of the table.
+macro_rules! site {
+    ($name:ident $(, $first:ident $(, $rest:ident)*)?) => {
+        #[inline(never)]
+        #[unsafe(link_section = "probes")]
+        pub(super) extern "C" fn $name($($first: isize, $($rest: isize),*)?) {
+            // SAFETY: the instructions change neither memory nor registers nor flags; what follows them
+            // goes to sections that are not code.
+            unsafe {
+                assemble!(
+                    "991:",
+                    ".pushsection .note.stapsdt, \"?\", \"note\"",
+                    ".balign 4",
+                    ".4byte 993f - 992f, 995f - 994f, 3",
+                    "992: .asciz \"stapsdt\"",
+                    "993: .balign 4",
+                    "994: .8byte 990b, _.stapsdt.base, 0",
+                    ".asciz \"vmm\"",
+                    concat!(".asciz \"", stringify!($name), "\""),
+                    concat!(".asciz \"", $("-8@{", stringify!($first), "}", $(" -8@{", stringify!($rest), "}",)*)? "\""),
+                    "995: .balign 4",
+                    ".popsection",
+                    ".ifndef _.stapsdt.base",
+                    ".pushsection .stapsdt.base, \"aGR\", \"progbits\", .stapsdt.base, comdat",
+                    ".weak _.stapsdt.base",
+                    ".hidden _.stapsdt.base",
+                    "_.stapsdt.base: .space 1",
+                    ".size _.stapsdt.base, 1",
+                    ".popsection",
+                    ".endif",
+                    $($first = in(reg) $first, $($rest = in(reg) $rest,)*)?
+                    options(readonly, nostack, preserves_flags)
+                )
+            }
+        }
+
         const _: () = {
-            $({
-                #[used]
-                static KEEP: $kind = $function;
-            })*
+            #[used]
+            static KEEP: extern "C" fn($($first: isize, $($rest: isize),*)?) = $name;
         };
     };
 }
@@ -136,13 +196,13 @@ macro_rules! emit {
                 }
             }
 
+            site!($begin $(, $b)*);
+            site!($end $(, $e)*);
+
             impl Drop for Guard {
-                // One copy of each probe: a site that is inlined stands in the notes many times,
-                // with other registers in each.
                 #[inline(never)]
                 fn drop(&mut self) {
-                    $(let $e = Operand::operand(self.$e);)*
-                    probe::probe!(vmm, $end $(, $e)*);
+                    $end($(self.$e.operand()),*);
                     self.tracing.record("rc", self.rc);
                     spanlog::close(&self.log, self.rc);
                 }
@@ -156,14 +216,8 @@ macro_rules! emit {
                 stringify!($row), $($b = ?$b,)* rc = tracing::field::Empty
             ).entered();
             let log = spanlog::open(stringify!($row), $hop, detail!($($b $bkind)*));
-            $(let $b = Operand::operand($b);)*
-            probe::probe!(vmm, $begin $(, $b)*);
+            $row::$begin($($b.operand()),*);
             $row::Guard { $($e: unset!($e $ekind),)* log, tracing }
-        }
-
-        keep! {
-            fn($(argument!(borrowed $bkind)),*) -> $row::Guard = $row;
-            fn($row::Guard) = drop;
         }
 
         emit! { $($rest)* }
@@ -172,14 +226,15 @@ macro_rules! emit {
         $doc:literal; $($rest:tt)*
     ) => {
         #[doc = concat!("Fires `", stringify!($row), "`: ", $doc, ".")]
-        #[inline(never)]
+        #[inline]
         pub fn $row($($a: argument!(borrowed $kind)),*) {
             tracing::trace!($($a = ?$a,)* stringify!($row));
-            $(let $a = Operand::operand($a);)*
-            probe::probe!(vmm, $row $(, $a)*);
+            $row::$row($($a.operand()),*);
         }
 
-        keep! { fn($(argument!(borrowed $kind)),*) = $row; }
+        mod $row {
+            site!($row $(, $a)*);
+        }
 
         emit! { $($rest)* }
     };
