@@ -64,7 +64,12 @@ pub fn do_vm_stop(machine: &mut Machine, state: RunState) -> Result<(), Error> {
         }
         machine.vcpus.pause_all_vcpus();
         let notified = machine.handlers.vm_state_notify(false, state);
-        machine.emit(Event::Stop);
+        if state == RunState::FinishMigrate {
+            // Whoever watches can wait until the last byte is on its way: the switchover sees to it.
+            machine.hold(Event::Stop);
+        } else {
+            machine.emit(Event::Stop);
+        }
         let drained = drain(machine);
         notified?;
         drained

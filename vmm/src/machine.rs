@@ -272,6 +272,11 @@ impl Machine {
     pub fn emit(&self, event: Event) {
         self.events.send(event);
     }
+
+    /// The same without haste; see [`EventSender::hold`].
+    pub(crate) fn hold(&self, event: Event) {
+        self.events.hold(event);
+    }
 }
 
 fn create_vcpus(vm: &Vm, count: u32) -> Result<Vec<Arc<Mutex<Vcpu>>>, Error> {

@@ -184,6 +184,11 @@ impl Board {
         }
     }
 
+    /// Lets the events go that the stop held back.
+    pub(super) fn release_events(&self) {
+        self.events.release();
+    }
+
     /// Changes the figures on RAM.
     pub(super) fn update_ram(&self, update: impl FnOnce(&mut Ram)) {
         if let Some(ram) = self.lock().migration.as_mut().and_then(|m| m.ram.as_mut()) {

@@ -254,14 +254,20 @@ impl Link {
         })
     }
 
-    /// Waits until the destination has loaded and verified everything.
-    pub(super) fn wait_loaded(&mut self) -> Result<(), Error> {
-        let loaded: Loaded = self.receive("the word that everything is loaded")?;
+    /// Waits until the destination says something else than that it has loaded pages.
+    pub(super) fn wait_for_answer(&mut self) -> Result<(), Error> {
+        while self.channel.advance()? == Kind::Ack {
+            self.acknowledge()?;
+        }
+        Ok(())
+    }
+
+    /// Checks that what it said is that everything is loaded and verified.
+    pub(super) fn check_loaded(&self) -> Result<(), Error> {
+        let frame = self.channel.current();
+        let loaded: Loaded = frame.decode("the word that everything is loaded")?;
         if loaded.token != self.token {
-            return Err(self
-                .channel
-                .current()
-                .malformed("it is of another session".to_owned()));
+            return Err(frame.malformed("it is of another session".to_owned()));
         }
         Ok(())
     }
@@ -304,9 +310,7 @@ impl Link {
 
     /// Receives a message, and the acknowledgements before it.
     fn receive<M: for<'de> Message<'de>>(&mut self, expected: &'static str) -> Result<M, Error> {
-        while self.channel.advance()? == Kind::Ack {
-            self.acknowledge()?;
-        }
+        self.wait_for_answer()?;
         self.channel.current().decode(expected)
     }
 

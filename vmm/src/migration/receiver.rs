@@ -91,9 +91,8 @@ impl<'a, V: TargetVm> Receiver<'a, V> {
     pub(super) fn run(&mut self, board: &Board, log: &SpanLog) -> Result<(), Error> {
         self.greet()?;
         board.set_status(MigrationStatus::Active);
-        let state = self.load(board)?;
-
-        self.verified(board)?;
+        self.load(board)?;
+        let state = self.verify(board)?;
         let received_ns = self.wait_commit()?;
         self.first_run_ns = self.vm.go_on(state)?;
         self.commit = self.commit.on(DestinationEvent::Commit);
@@ -115,13 +114,16 @@ impl<'a, V: TargetVm> Receiver<'a, V> {
         Ok(())
     }
 
-    /// Everything is in place: from here on it is the source that decides.
-    fn verified(&mut self, board: &Board) -> Result<(), Error> {
+    /// Everything is in place, and `end` has arrived: checks it, and returns the run state that the
+    /// guest comes in. From here on it is the source that decides.
+    fn verify(&mut self, board: &Board) -> Result<RunState, Error> {
         probes::migration_verify(self.id).run(|_| {
+            let state = self.end()?;
             self.commit = self.commit.on(DestinationEvent::Verified);
             board.seal()?;
             let token = self.their_token;
-            Ok(self.channel.send(&Loaded { token })?)
+            self.channel.send(&Loaded { token })?;
+            Ok(state)
         })
     }
 
@@ -149,8 +151,8 @@ impl<'a, V: TargetVm> Receiver<'a, V> {
         Ok(self.channel.send(&Welcome { token: self.token })?)
     }
 
-    /// Loads everything up to `end`, and returns the run state that the guest comes in.
-    fn load(&mut self, board: &Board) -> Result<RunState, Error> {
+    /// Loads everything up to `end`, which has arrived when this returns.
+    fn load(&mut self, board: &Board) -> Result<(), Error> {
         loop {
             let kind = self.channel.advance()?;
             let now_ns = monotonic_ns();
@@ -163,7 +165,7 @@ impl<'a, V: TargetVm> Receiver<'a, V> {
                     }
                 }
                 Kind::Device if self.ram_complete => self.load_device()?,
-                Kind::End if self.devices_begun == self.devices.len() => return self.end(),
+                Kind::End if self.devices_begun == self.devices.len() => return Ok(()),
                 _ => {
                     let expected = match (self.ram_complete, self.devices_begun) {
                         (false, _) => "a page",

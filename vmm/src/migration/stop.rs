@@ -39,9 +39,9 @@ pub(super) fn migration_stop_vm(
     stop: &mut Stop,
 ) -> Result<(), control::Error> {
     let state = RunState::FinishMigrate;
+    probes::downtime_start(stop.id);
     probes::migration_stop_vm(state.c_name()).run(|_| {
         stop.downtime_start_ns = Some(monotonic_ns());
-        probes::downtime_start(stop.id);
         stop.vm_old_state = Some(machine.run_state());
         control::vm_stop_force_state(machine, state)
     })

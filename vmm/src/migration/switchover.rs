@@ -30,6 +30,8 @@ pub(super) fn complete(
     device_save(vm, link, attempt)?;
     let old = attempt.stop.vm_old_state.unwrap_or(RunState::Paused);
     link.send_end(old)?;
+    // It is the destination's turn: there is time to say that the guest is stopped.
+    board.release_events();
     switchover(vm, link, attempt, board)
 }
 
@@ -85,7 +87,7 @@ fn switchover(
     board: &Board,
 ) -> Result<(), Error> {
     probes::switchover(attempt.id()).run(|_| {
-        link.wait_loaded()?;
+        link.wait_for_answer()?;
         commit(vm, link, attempt, board)?;
         let (first_run_ns, spans) = link.wait_running()?;
         attempt.commit = attempt.commit.on(SourceEvent::Running);
@@ -99,7 +101,8 @@ fn switchover(
     Ok(())
 }
 
-/// Gives the guest up and tells the destination so, unless somebody else was quicker.
+/// The destination has answered: if everything is loaded there, gives the guest up and tells the
+/// destination so, unless somebody else was quicker.
 fn commit(
     vm: &impl SourceVm,
     link: &mut Link,
@@ -107,6 +110,7 @@ fn commit(
     board: &Board,
 ) -> Result<(), Error> {
     probes::migration_commit(attempt.id()).run(|_| {
+        link.check_loaded()?;
         board.update_ram(|ram| ram.transferred = link.loaded_bytes());
         board.seal()?;
         let mut committed = None;

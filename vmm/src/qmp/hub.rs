@@ -2,17 +2,18 @@
 //!
 //! The machine's threads, the migration's and the clients' own put events and answers on one
 //! channel; one thread hands them to the clients' writers. So a client sees `STOP` before the
-//! answer to its `stop`, as with QEMU, and the thread that stops the VM pays for one send.
+//! answer to its `stop`, as with QEMU, and the thread that stops the VM pays for one send. Even that
+//! can wait: a `STOP` inside a migration's downtime is held, and keeps its place in the order.
 
 use std::collections::HashMap;
 use std::net::Shutdown;
 use std::os::unix::net::UnixStream;
-use std::sync::Arc;
 use std::sync::mpsc::{self, Receiver, RecvTimeoutError, Sender, SyncSender, TrySendError};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, SystemTime};
 
 use super::wire;
-use crate::runstate::{Event, EventSender};
+use crate::runstate::{Event, EventSender, EventSink};
 
 /// Lines that may wait for one client. A client that lets more events pile up is dropped.
 pub(super) const BACKLOG: usize = 256;
@@ -27,6 +28,8 @@ pub(super) type ClientId = u64;
 #[derive(Clone)]
 pub struct Hub {
     outputs: Sender<Output>,
+    /// What goes out before anything else does. Its lock is what keeps the order.
+    held: Arc<Mutex<Vec<Output>>>,
 }
 
 /// A line on its way to one client's writer.
@@ -70,16 +73,15 @@ impl Hub {
         std::thread::Builder::new()
             .name("qmp-hub".to_owned())
             .spawn(|| run(receiver))?;
-        Ok(Hub { outputs })
+        Ok(Hub {
+            outputs,
+            held: Arc::default(),
+        })
     }
 
     /// Where the machine and the migration put events.
     pub fn events(&self) -> EventSender {
-        let outputs = self.outputs.clone();
-        EventSender::new(move |event| {
-            // After `close` nobody is left who could be told.
-            let _ = outputs.send(Output::Event(SystemTime::now(), event));
-        })
+        EventSender::to(self.clone())
     }
 
     /// A new client. It gets answers from now on.
@@ -115,9 +117,35 @@ impl Hub {
     }
 
     fn put(&self, output: Output) {
-        // The thread outlives every use but those that race with `close`; what they send is lost
-        // with the connections.
-        let _ = self.outputs.send(output);
+        let mut held = self.held();
+        held.push(output);
+        self.send_all(&mut held);
+    }
+
+    fn send_all(&self, held: &mut Vec<Output>) {
+        for output in held.drain(..) {
+            // The thread outlives every use but those that race with `close`; what they send is lost
+            // with the connections.
+            let _ = self.outputs.send(output);
+        }
+    }
+
+    fn held(&self) -> MutexGuard<'_, Vec<Output>> {
+        self.held.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl EventSink for Hub {
+    fn send(&self, event: Event) {
+        self.put(Output::Event(SystemTime::now(), event));
+    }
+
+    fn hold(&self, event: Event) {
+        self.held().push(Output::Event(SystemTime::now(), event));
+    }
+
+    fn release(&self) {
+        self.send_all(&mut self.held());
     }
 }
 

@@ -268,6 +268,30 @@ fn events_go_to_every_client_that_has_negotiated() {
 }
 
 #[test]
+fn an_event_that_is_held_keeps_its_place() {
+    let bench = Bench::start(RunState::Running);
+    let mut client = bench.join();
+    let events = &bench.fake.events;
+    events.hold(Event::Stop);
+    let stream = client.0.get_ref();
+    stream
+        .set_read_timeout(Some(Duration::from_millis(50)))
+        .unwrap();
+    assert!(client.0.fill_buf().is_err(), "it was not held");
+    events.release();
+    assert_eq!(client.read()["event"], "STOP");
+    // Whatever else is said releases it, the answer to a question too.
+    events.hold(Event::Stop);
+    events.send(Event::Resume);
+    assert_eq!(client.read()["event"], "STOP");
+    assert_eq!(client.read()["event"], "RESUME");
+    events.hold(Event::Stop);
+    client.send(r#"{"execute":"query-status"}"#);
+    assert_eq!(client.read()["event"], "STOP");
+    assert_eq!(client.read()["return"]["running"], true);
+}
+
+#[test]
 fn a_client_that_does_not_read_is_dropped_and_harms_nobody() {
     let bench = Bench::start(RunState::Running);
     let mut deaf = bench.join();

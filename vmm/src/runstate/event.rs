@@ -9,17 +9,57 @@ use std::sync::Arc;
 /// It is called on the thread that caused the event, part of the time inside the blackout, so what
 /// stands behind it must neither block nor do work that can be done later.
 #[derive(Clone)]
-pub struct EventSender(Arc<dyn Fn(Event) + Send + Sync>);
+pub struct EventSender(Arc<dyn EventSink>);
+
+/// What stands behind an [`EventSender`].
+pub trait EventSink: Send + Sync {
+    /// Tells whoever watches.
+    fn send(&self, event: Event);
+    /// See [`EventSender::hold`].
+    fn hold(&self, event: Event);
+    /// See [`EventSender::release`].
+    fn release(&self);
+}
+
+/// A function for which no event can wait.
+struct Function<F>(F);
+
+impl<F: Fn(Event) + Send + Sync> EventSink for Function<F> {
+    fn send(&self, event: Event) {
+        (self.0)(event);
+    }
+    fn hold(&self, event: Event) {
+        (self.0)(event);
+    }
+    fn release(&self) {}
+}
 
 impl EventSender {
     /// A sender that hands each event to `sink`, in the order in which they are sent.
     pub fn new(sink: impl Fn(Event) + Send + Sync + 'static) -> Self {
+        Self::to(Function(sink))
+    }
+
+    /// A sender to `sink`.
+    pub fn to(sink: impl EventSink + 'static) -> Self {
         EventSender(Arc::new(sink))
     }
 
     /// Tells whoever watches of `event`.
     pub fn send(&self, event: Event) {
-        (self.0)(event);
+        self.0.send(event);
+    }
+
+    /// Gives `event` its place before whatever is said from now on, but wakes nobody for it: that
+    /// costs a system call, for which a stop has no time. [`EventSender::release`], or the next
+    /// thing that is said, sends it on its way.
+    pub fn hold(&self, event: Event) {
+        self.0.hold(event);
+    }
+
+    /// Lets go of what is held.
+    pub fn release(&self) {
+        self.0.release();
     }
 }
 
