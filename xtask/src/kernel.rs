@@ -119,9 +119,21 @@ impl Package {
     /// that lacks it, does without: 6.1 splits fscache from netfs, and 6.12 has virtio-pci built in.
     pub(crate) fn modules(self) -> impl Iterator<Item = &'static str> {
         let last: &[&str] = match (self.flavour, self.arch) {
-            // The power button of guests that boot the same kernel.
-            (Flavour::Generic, Arch::Aarch64) => &["evdev", "gpio_keys"],
-            (Flavour::Generic, Arch::X86_64) => &["irqbypass", "kvm", "ccp", "kvm-amd"],
+            // The power button of guests that boot the same kernel; tap interfaces and the bridge
+            // between them.
+            (Flavour::Generic, Arch::Aarch64) => {
+                &["evdev", "gpio_keys", "llc", "stp", "bridge", "tun"]
+            }
+            (Flavour::Generic, Arch::X86_64) => &[
+                "irqbypass",
+                "kvm",
+                "ccp",
+                "kvm-amd",
+                "llc",
+                "stp",
+                "bridge",
+                "tun",
+            ],
             (Flavour::Cloud, _) => &GUEST_MODULES,
         };
         MODULES.into_iter().chain(last.iter().copied())
