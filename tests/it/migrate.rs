@@ -111,13 +111,6 @@ fn verified(cpus: u32, cmdline: &str) -> VmmOptions {
     }
 }
 
-/// The first free port, or one that was free a moment ago.
-pub(crate) fn free_port() -> Result<u16> {
-    Ok(std::net::TcpListener::bind("127.0.0.1:0")?
-        .local_addr()?
-        .port())
-}
-
 fn arrives_whole(cpus: u32) -> Result<()> {
     let options = verified(cpus, "dirty=1M");
     let mut source = Running::boot(&options)?;

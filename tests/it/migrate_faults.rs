@@ -7,12 +7,13 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use blackout_abi::guest::command;
+use harness::pair::free_port;
 use harness::proxy::{Act, At, Meddle, Proxy, Way, kind};
 use harness::skip::slow;
 use harness::{Vmm, skip};
 use serde_json::{Value, json};
 
-use super::migrate::{LIMIT, Running, free_port, small};
+use super::migrate::{LIMIT, Running, small};
 
 /// A source, a destination, and a man in the middle.
 struct Faulty {

@@ -71,7 +71,7 @@ impl RunDelay {
 }
 
 /// The folders in /proc of the monitor's vCPU threads.
-fn vcpu_threads(pid: u32) -> Result<Vec<PathBuf>> {
+pub fn vcpu_threads(pid: u32) -> Result<Vec<PathBuf>> {
     let tasks = format!("/proc/{pid}/task");
     let mut vcpus = Vec::new();
     for task in fs::read_dir(&tasks).with_context(|| tasks.clone())? {

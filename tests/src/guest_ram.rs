@@ -119,6 +119,18 @@ impl GuestView {
         Ok((result, self.load(offset_of!(SharedPage, result2))))
     }
 
+    /// Fills RAM from `start` up to `end` with bytes that no compression makes less of. The guest
+    /// must not use what lies there.
+    pub fn fill(&self, start: u64, end: u64) -> Result<()> {
+        let mut random = fastrand::Rng::with_seed(start);
+        let mut chunk = vec![0; 1 << 20];
+        for at in (start..end).step_by(chunk.len()) {
+            random.fill(&mut chunk);
+            self.ram.write_slice(&chunk, GuestAddress(at))?;
+        }
+        Ok(())
+    }
+
     fn load(&self, offset: usize) -> u64 {
         let at = GuestAddress(self.shared + offset as u64);
         self.ram

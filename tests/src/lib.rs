@@ -6,6 +6,7 @@
 pub mod cpus;
 pub mod guest_ram;
 pub mod observer;
+pub mod pair;
 pub mod programs;
 pub mod proxy;
 pub mod qmp;

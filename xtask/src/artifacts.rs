@@ -59,6 +59,8 @@ pub(crate) struct Artifacts {
     pub(crate) bench_its: PathBuf,
     /// What measures dark times, `bench-downtime`.
     pub(crate) bench_downtime: PathBuf,
+    /// What measures how fast migrations are, `bench-throughput`.
+    pub(crate) bench_throughput: PathBuf,
 }
 
 impl Artifacts {
@@ -116,6 +118,7 @@ pub(crate) fn build(platform: Platform) -> Result<Artifacts> {
         scenario: program("blackout-scenario")?,
         bench_its: program("bench-its")?,
         bench_downtime: program("bench-downtime")?,
+        bench_throughput: program("bench-throughput")?,
         guest,
     })
 }

@@ -1,8 +1,10 @@
 //! `cargo xtask bench`: what the stop path costs, in numbers that repeat.
 
+mod compare;
 mod downtime;
 mod its;
 mod plot;
+mod throughput;
 
 use anyhow::Result;
 use clap::Subcommand;
@@ -18,6 +20,8 @@ pub(crate) struct Arguments {
 enum What {
     /// How long a guest is dark while it migrates, beside QEMU, on this machine.
     Downtime(downtime::Arguments),
+    /// How fast a large idle guest migrates, beside QEMU, on this machine.
+    Throughput(throughput::Arguments),
     /// ITS and GIC: save, pending tables and restore, in instructions, in the arm64 testbed.
     Its(its::Arguments),
 }
@@ -26,6 +30,7 @@ enum What {
 pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
     match &arguments.what {
         What::Downtime(arguments) => downtime::run(arguments),
+        What::Throughput(arguments) => throughput::run(arguments),
         What::Its(arguments) => its::run(arguments),
     }
 }

@@ -15,6 +15,8 @@ pub(crate) struct Config {
     pub(crate) its_indirect: bool,
     /// `dirty`: bytes to keep dirty, whole pages.
     pub(crate) dirty: u64,
+    /// `idle`: 1 halts vCPU 0 once it is ready; it does no work and answers no command.
+    pub(crate) idle: bool,
     /// `cpus`: vCPUs to use; all of the machine's unless given.
     pub(crate) vcpus: usize,
 }
@@ -27,6 +29,7 @@ impl Config {
             its_events: 1,
             its_indirect: false,
             dirty: 0,
+            idle: false,
             vcpus: boot.vcpus as usize,
         };
         let text = boot
@@ -51,6 +54,7 @@ impl Config {
             "its_events" => self.its_events = number.try_into().ok()?,
             "its_indirect" => self.its_indirect = number != 0,
             "dirty" => self.dirty = number.checked_next_multiple_of(4096)?,
+            "idle" => self.idle = number != 0,
             "cpus" => self.vcpus = number.try_into().ok()?,
             _ => return None,
         }

@@ -84,7 +84,8 @@ pub(crate) unsafe extern "C" fn boot(boot_page: u64) -> ! {
     let shared = Shared::behind(boot);
     let mut serial = Serial::new(boot.serial);
     match set_up(boot, shared, &mut serial) {
-        Ok(mut machine) => work::serve(shared, &mut machine),
+        Ok(None) => arch::halt(),
+        Ok(Some(mut machine)) => work::serve(shared, &mut machine),
         Err(failure) => fail(shared, &mut serial, failure),
     }
 }
@@ -94,11 +95,12 @@ pub(crate) extern "C" fn run_vcpu(index: usize) -> ! {
     work::run(Shared::get(), index)
 }
 
+/// The machine, for vCPU 0 to serve; none if it is to be idle.
 fn set_up(
     boot: &'static BootPage,
     shared: Shared,
     serial: &mut Serial,
-) -> Result<arch::Machine, Failure> {
+) -> Result<Option<arch::Machine>, Failure> {
     let vcpus = boot.vcpus as usize;
     if boot.magic != BOOT_MAGIC || boot.version != 1 || !(1..=MAX_VCPUS).contains(&vcpus) {
         return Err(Failure::BootPage);
@@ -119,7 +121,7 @@ fn set_up(
         config.vcpus, config.dirty
     );
     shared.set_state(state::READY, 0);
-    Ok(machine)
+    Ok((!config.idle).then_some(machine))
 }
 
 fn fail(shared: Shared, serial: &mut Serial, failure: Failure) -> ! {

@@ -3,14 +3,14 @@
 //!
 //! Prints one JSON object a line for each migration.
 
-use std::net::TcpListener;
 use std::process::ExitCode;
 use std::time::Duration;
 
-use anyhow::{Context, Result, ensure};
-use clap::{Parser, ValueEnum};
+use anyhow::{Result, ensure};
+use clap::Parser;
 use harness::observer::Watched;
-use harness::{GuestView, Observer, Vmm, VmmOptions};
+use harness::pair::{Monitor, Pair, Transport};
+use harness::{Observer, VmmOptions};
 use serde_json::json;
 
 /// How long a guest may take to set itself up, and a migration to end.
@@ -43,18 +43,6 @@ struct Arguments {
     runs: usize,
 }
 
-#[derive(Clone, Copy, ValueEnum)]
-enum Monitor {
-    Blackout,
-    Qemu,
-}
-
-#[derive(Clone, Copy, ValueEnum)]
-enum Transport {
-    Tcp,
-    Unix,
-}
-
 fn main() -> ExitCode {
     match run(&Arguments::parse()) {
         Ok(()) => ExitCode::SUCCESS,
@@ -85,35 +73,23 @@ fn run(arguments: &Arguments) -> Result<()> {
 }
 
 /// Migrates a fresh guest once and prints what was seen. Whether that was seen sharply.
-
 fn migrate(
     arguments: &Arguments,
     monitor: Monitor,
     transport: Transport,
     dirty: &str,
 ) -> Result<bool> {
-    let spawn = match monitor {
-        Monitor::Blackout => Vmm::spawn,
-        Monitor::Qemu => Vmm::spawn_qemu,
-    };
     let options = VmmOptions {
         memory: arguments.memory.clone(),
         cmdline: format!("dirty={dirty}"),
         ..VmmOptions::default()
     };
-    let mut source = spawn(&options)?;
-    let guest = GuestView::open(source.pid())?;
-    guest
-        .wait_ready(LIMIT)
-        .with_context(|| format!("the console says: {}", source.console()))?;
-    let uri = match transport {
-        Transport::Unix => format!("unix:{}", source.dir().join("migration").display()),
-        Transport::Tcp => {
-            let free = TcpListener::bind("127.0.0.1:0")?.local_addr()?.port();
-            format!("tcp:127.0.0.1:{free}")
-        }
-    };
-    let destination = spawn(&options.incoming(&uri))?;
+    let Pair {
+        mut source,
+        destination,
+        guest,
+        uri,
+    } = Pair::spawn(monitor, transport, &options, LIMIT)?;
     guest.wait_progress(0, LIMIT)?;
     let watched = (
         Watched::open(source.pid())?,
@@ -125,8 +101,8 @@ fn migrate(
     let seen = observer.finish()?;
     let judged = seen.error_ns <= SHARP_NS.max(seen.blackout_ns() / 10);
     let line = json!({
-        "monitor": monitor.to_possible_value().map(|value| value.get_name().to_owned()),
-        "transport": transport.to_possible_value().map(|value| value.get_name().to_owned()),
+        "monitor": monitor,
+        "transport": transport,
         "dirty": dirty,
         "dark_ns": seen.blackout_ns(),
         "error_ns": seen.error_ns,

@@ -6,13 +6,13 @@
 //! prints the report on stdout.
 
 use std::fs;
-use std::net::TcpListener;
 use std::path::PathBuf;
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
 use clap::Parser;
+use harness::pair::free_port;
 use harness::{GuestView, Recorder, Vmm, VmmOptions, tool};
 use serde_json::Value;
 
@@ -140,9 +140,4 @@ fn run(arguments: &Arguments) -> Result<()> {
     )?;
     println!("{}", tool::run(&["report", recording])?.trim_end());
     Ok(())
-}
-
-/// A TCP port that nobody listens on.
-fn free_port() -> Result<u16> {
-    Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
 }

@@ -14,17 +14,19 @@ pub mod transfer;
 
 use std::fs::File;
 use std::io;
+use std::ptr::NonNull;
 use std::sync::Arc;
 
 use nix::errno::Errno as Code;
 use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::memfd::{MFdFlags, memfd_create};
+use nix::sys::mman::{MmapAdvise, madvise};
 use nix::unistd::{Whence, lseek};
 use vm_memory::bitmap::AtomicBitmap;
 use vm_memory::mmap::FromRangesError;
 use vm_memory::{
     Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap,
-    GuestMemoryRegion,
+    GuestMemoryRegion, GuestRegionMmap,
 };
 
 use crate::kvm::{self, Slot, Vm};
@@ -138,6 +140,7 @@ impl GuestRam {
             hva: region.as_ptr().expose_provenance() as u64,
         });
         let slots = slots.collect();
+        mem.iter().for_each(advise_huge_pages);
         Ok(GuestRam {
             mem: Arc::new(mem),
             slots,
@@ -266,6 +269,17 @@ impl GuestRam {
         }
         Ok(sum)
     }
+}
+
+/// Asks for huge pages, where the kernel gives them to memfds on request: a guest that arrives is
+/// mapped in a five-hundredth of the page faults, and runs with fewer TLB misses.
+fn advise_huge_pages(region: &GuestRegionMmap<AtomicBitmap>) {
+    let Some(start) = NonNull::new(region.as_ptr().cast()) else {
+        return;
+    };
+    // SAFETY: the range is this region's own mapping, and the advice changes nothing of what is in
+    // it. A kernel that has no huge pages refuses, which is as well.
+    let _ = unsafe { madvise(start, region.len() as usize, MmapAdvise::MADV_HUGEPAGE) };
 }
 
 fn memfd(size: u64) -> io::Result<Arc<File>> {

@@ -5,18 +5,16 @@
 //! is attached. Other work on the machine lengthens both; the ratio is what to look at.
 
 use std::collections::BTreeMap;
-use std::fs;
-use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
-use std::process::{Command, Stdio};
+use std::process::Command;
 
-use anyhow::{Context, Result, ensure};
+use anyhow::Result;
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
+use super::compare::{self, Ratio, median, ratio};
 use crate::artifacts::{self, Platform};
-use crate::paths;
 use crate::setup::{self, Purpose};
 
 /// Arguments of `cargo xtask bench downtime`.
@@ -68,17 +66,14 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
     let kinds = kinds(&migrations);
     print(&kinds);
 
-    let out = arguments.out.clone();
-    let out = out.unwrap_or_else(|| paths::target().join("bench"));
-    fs::create_dir_all(&out).with_context(|| format!("cannot create {}", out.display()))?;
-    let file = out.join("downtime.json");
-    let report = json!({
-        "schema": "blackout.bench-downtime/1",
-        "migrations": migrations,
-    });
-    fs::write(&file, serde_json::to_vec_pretty(&report)?)
-        .with_context(|| format!("cannot write {}", file.display()))?;
-    println!("figures: {}", file.display());
+    compare::write(
+        arguments.out.as_deref(),
+        "downtime.json",
+        &json!({
+            "schema": "blackout.bench-downtime/1",
+            "migrations": migrations,
+        }),
+    )?;
     Ok(0)
 }
 
@@ -94,17 +89,9 @@ fn measure(arguments: &Arguments) -> Result<Vec<Migration>> {
         .args(["--transports", &arguments.transports.join(",")])
         .args(["--dirty", &arguments.dirty.join(",")])
         .args(["--runs", &arguments.runs.to_string()])
-        .envs(artifacts.environment(None))
-        .stdout(Stdio::piped());
-    let mut child = command
-        .spawn()
-        .with_context(|| format!("starting {command:?}"))?;
+        .envs(artifacts.environment(None));
     let mut migrations = Vec::new();
-    let lines = BufReader::new(child.stdout.take().context("no stdout")?).lines();
-    for line in lines {
-        let line = line?;
-        let migration: Migration = serde_json::from_str(&line)
-            .with_context(|| format!("bench-downtime printed {line}"))?;
+    compare::each_line(&mut command, |migration: Migration| {
         eprintln!(
             "{:>4}: {} {} {}: dark for {:.3} ms{}",
             migrations.len() + 1,
@@ -115,9 +102,7 @@ fn measure(arguments: &Arguments) -> Result<Vec<Migration>> {
             if migration.judged { "" } else { ", not judged" },
         );
         migrations.push(migration);
-    }
-    let status = child.wait()?;
-    ensure!(status.success(), "bench-downtime ended with {status}");
+    })?;
     Ok(migrations)
 }
 
@@ -177,49 +162,6 @@ fn print(kinds: &Kinds) {
     }
 }
 
-/// The ratio of two medians, with the interval that holds it with 95 % confidence.
-struct Ratio {
-    value: f64,
-    low: f64,
-    high: f64,
-}
-
-/// By the percentile bootstrap, which asks nothing of how the times are distributed.
-fn ratio(ours: &[u64], peers: &[u64]) -> Option<Ratio> {
-    const RESAMPLES: usize = 10_000;
-    if ours.is_empty() || peers.is_empty() {
-        return None;
-    }
-    let mut random = fastrand::Rng::with_seed(0);
-    let mut resample = |times: &[u64]| {
-        let mut drawn: Vec<_> = times
-            .iter()
-            .map(|_| times[random.usize(..times.len())])
-            .collect();
-        drawn.sort_unstable();
-        median(&drawn)
-    };
-    let mut ratios: Vec<_> = (0..RESAMPLES)
-        .map(|_| resample(ours) / resample(peers))
-        .collect();
-    ratios.sort_unstable_by(f64::total_cmp);
-    Some(Ratio {
-        value: median(ours) / median(peers),
-        low: ratios[RESAMPLES / 40],
-        high: ratios[RESAMPLES - 1 - RESAMPLES / 40],
-    })
-}
-
-/// The median of sorted times, at least one.
-fn median(sorted: &[u64]) -> f64 {
-    let half = sorted.len() / 2;
-    if sorted.len() % 2 == 1 {
-        sorted[half] as f64
-    } else {
-        (sorted[half - 1] as f64 + sorted[half] as f64) / 2.0
-    }
-}
-
 fn ms(ns: u64) -> f64 {
     ns as f64 / 1e6
 }
@@ -227,23 +169,6 @@ fn ms(ns: u64) -> f64 {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn the_median_of_few_times_is_theirs() {
-        assert_eq!(median(&[7]), 7.0);
-        assert_eq!(median(&[1, 9]), 5.0);
-        assert_eq!(median(&[1, 2, 90]), 2.0);
-    }
-
-    #[test]
-    fn a_ratio_lies_in_its_interval_which_narrows_with_the_spread() {
-        let wide = ratio(&[10, 20, 30, 40, 50], &[100, 200, 300, 400, 500]).unwrap();
-        assert_eq!(wide.value, 0.1);
-        assert!(wide.low < 0.1 && wide.high > 0.1);
-        let narrow = ratio(&[30; 5], &[300; 5]).unwrap();
-        assert_eq!((narrow.low, narrow.high), (0.1, 0.1));
-        assert!(ratio(&[], &[1]).is_none());
-    }
 
     #[test]
     fn what_could_not_be_judged_is_counted_and_left_out() {

@@ -1,0 +1,149 @@
+//! How fast a large idle guest full of incompressible pages migrates, and what that costs in CPU
+//! time: this project's monitor and QEMU in turn, and the sockets alone as the limit of both.
+//! `cargo xtask bench throughput` runs it and says what comes of it.
+//!
+//! Prints one JSON object a line for each run.
+
+use std::fs;
+use std::io::{Read, Write};
+use std::net::{TcpListener, TcpStream};
+use std::process::ExitCode;
+use std::thread;
+use std::time::{Duration, Instant};
+
+use anyhow::{Context, Result, ensure};
+use clap::Parser;
+use harness::VmmOptions;
+use harness::cpus::vcpu_threads;
+use harness::pair::{Monitor, Pair, Transport};
+use nix::unistd::{SysconfVar, sysconf};
+use serde_json::json;
+
+/// How long a guest may take to set itself up, and a migration to end.
+const LIMIT: Duration = Duration::from_secs(300);
+
+/// The guest's own pages lie below; they are not to be overwritten.
+const KEPT: u64 = 16 << 20;
+
+/// Bytes of one write or read of the bare sockets.
+const CHUNK: usize = 256 << 10;
+
+/// Migrates a large idle guest and measures how long it takes.
+#[derive(Parser)]
+#[command(name = "bench-throughput")]
+struct Arguments {
+    /// Whose migrations to measure; they take turns.
+    #[arg(long, value_enum, required = true, value_delimiter = ',')]
+    monitors: Vec<Monitor>,
+    /// Guest RAM, GiB.
+    #[arg(long, default_value_t = 4)]
+    gib: u64,
+    /// Migrations of each.
+    #[arg(long, default_value_t = 3)]
+    runs: usize,
+}
+
+fn main() -> ExitCode {
+    match run(&Arguments::parse()) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn run(arguments: &Arguments) -> Result<()> {
+    for _ in 0..arguments.runs {
+        let took = sockets(arguments.gib << 30)?;
+        println!(
+            "{}",
+            json!({ "what": "sockets", "ns": ns(took), "cpu_ns": null })
+        );
+        for &monitor in &arguments.monitors {
+            let (took, cpu) = migrate(arguments, monitor)?;
+            println!(
+                "{}",
+                json!({ "what": monitor, "ns": ns(took), "cpu_ns": ns(cpu) })
+            );
+        }
+    }
+    Ok(())
+}
+
+/// Migrates a fresh guest: how long that took, and how much CPU time of both sides.
+fn migrate(arguments: &Arguments, monitor: Monitor) -> Result<(Duration, Duration)> {
+    let options = VmmOptions {
+        memory: format!("{}G", arguments.gib),
+        cmdline: "idle=1".into(),
+        ..VmmOptions::default()
+    };
+    let mut pair = Pair::spawn(monitor, Transport::Tcp, &options, LIMIT)?;
+    pair.guest.fill(KEPT, arguments.gib << 30)?;
+    // The rest of a limit that would keep a monitor from what the sockets can do.
+    let unlimited = json!({ "max-bandwidth": 1u64 << 40 });
+    if monitor == Monitor::Qemu {
+        pair.source
+            .qmp
+            .execute("migrate-set-parameters", unlimited)?;
+    }
+    let pids = [pair.source.pid(), pair.destination.pid()];
+    let cpu = || {
+        pids.iter()
+            .try_fold(Duration::ZERO, |sum, pid| anyhow::Ok(sum + cpu_time(*pid)?))
+    };
+    let before = cpu()?;
+    let start = Instant::now();
+    let answer = pair.source.qmp.migrate(&pair.uri, LIMIT)?;
+    let took = start.elapsed();
+    let used = cpu()? - before;
+    ensure!(answer["status"] == "completed", "{answer}");
+    Ok((took, used))
+}
+
+/// The CPU time of a process so far, its vCPUs left out: a guest's work is not its monitor's.
+fn cpu_time(pid: u32) -> Result<Duration> {
+    let whole = ticks(&format!("/proc/{pid}/stat"))?;
+    let mut guest = 0;
+    for task in vcpu_threads(pid)? {
+        guest += ticks(&task.join("stat").display().to_string())?;
+    }
+    let per_second = sysconf(SysconfVar::CLK_TCK)?.context("CLK_TCK")?;
+    let seconds = whole.saturating_sub(guest) as f64 / per_second as f64;
+    Ok(Duration::from_secs_f64(seconds))
+}
+
+/// User and system time of a process with all threads that it had, or of a thread, in clock ticks.
+fn ticks(stat: &str) -> Result<u64> {
+    let text = fs::read_to_string(stat)?;
+    // The name in parentheses may hold anything; user and system time are fields 14 and 15.
+    let (_, fields) = text.rsplit_once(')').context("stat")?;
+    let mut times = fields.split_whitespace().skip(11);
+    let mut next = || anyhow::Ok(times.next().context("stat")?.parse::<u64>()?);
+    Ok(next()? + next()?)
+}
+
+/// Moves `bytes` from memory to memory over TCP on loopback: nothing that does more can be faster.
+fn sockets(bytes: u64) -> Result<Duration> {
+    let listener = TcpListener::bind("127.0.0.1:0")?;
+    let address = listener.local_addr()?;
+    let receiver = thread::spawn(move || {
+        let (mut stream, _) = listener.accept()?;
+        let mut chunk = vec![0; CHUNK];
+        while stream.read(&mut chunk)? > 0 {}
+        std::io::Result::Ok(())
+    });
+    let mut stream = TcpStream::connect(address)?;
+    let chunk = vec![0x5a; CHUNK];
+    let start = Instant::now();
+    for _ in 0..bytes / CHUNK as u64 {
+        stream.write_all(&chunk)?;
+    }
+    drop(stream);
+    receiver.join().ok().context("the receiver panicked")??;
+    Ok(start.elapsed())
+}
+
+fn ns(duration: Duration) -> u64 {
+    u64::try_from(duration.as_nanos()).unwrap_or(u64::MAX)
+}

@@ -1,0 +1,79 @@
+//! A source and a destination of either kind of monitor, for benchmarks that compare them.
+
+use std::net::TcpListener;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use clap::ValueEnum;
+use serde::Serialize;
+
+use crate::{GuestView, Vmm, VmmOptions};
+
+/// Whose monitor.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Monitor {
+    /// This project's.
+    Blackout,
+    /// Debian's QEMU.
+    Qemu,
+}
+
+/// What a migration goes over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, ValueEnum)]
+#[serde(rename_all = "lowercase")]
+pub enum Transport {
+    /// TCP on loopback.
+    Tcp,
+    /// A unix socket.
+    Unix,
+}
+
+/// A guest that runs, and a monitor that waits for it.
+#[derive(Debug)]
+pub struct Pair {
+    /// Where the guest runs.
+    pub source: Vmm,
+    /// Where it is to go.
+    pub destination: Vmm,
+    /// The guest.
+    pub guest: GuestView,
+    /// Where the destination listens.
+    pub uri: String,
+}
+
+impl Pair {
+    /// Starts both and waits until the guest is ready.
+    pub fn spawn(
+        monitor: Monitor,
+        transport: Transport,
+        options: &VmmOptions,
+        limit: Duration,
+    ) -> Result<Self> {
+        let spawn = match monitor {
+            Monitor::Blackout => Vmm::spawn,
+            Monitor::Qemu => Vmm::spawn_qemu,
+        };
+        let source = spawn(options)?;
+        let guest = GuestView::open(source.pid())?;
+        guest
+            .wait_ready(limit)
+            .with_context(|| format!("the console says: {}", source.console()))?;
+        let uri = match transport {
+            Transport::Unix => format!("unix:{}", source.dir().join("migration").display()),
+            Transport::Tcp => format!("tcp:127.0.0.1:{}", free_port()?),
+        };
+        let destination = spawn(&options.incoming(&uri))?;
+        Ok(Pair {
+            source,
+            destination,
+            guest,
+            uri,
+        })
+    }
+}
+
+/// A TCP port on loopback that nobody listens on.
+pub fn free_port() -> Result<u16> {
+    Ok(TcpListener::bind("127.0.0.1:0")?.local_addr()?.port())
+}

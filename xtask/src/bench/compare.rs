@@ -1,0 +1,111 @@
+//! What benchmarks beside a peer have in common: the program that measures, and the ratio.
+
+use std::fs;
+use std::io::{BufRead, BufReader};
+use std::path::Path;
+use std::process::{Command, Stdio};
+
+use anyhow::{Context, Result, ensure};
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+
+use crate::paths;
+
+/// Runs a program that prints one JSON object a line, and hands each on.
+///
+/// # Errors
+/// When it can't be started, prints something else, or fails.
+pub(super) fn each_line<T: DeserializeOwned>(
+    command: &mut Command,
+    mut each: impl FnMut(T),
+) -> Result<()> {
+    let mut child = command
+        .stdout(Stdio::piped())
+        .spawn()
+        .with_context(|| format!("starting {command:?}"))?;
+    let stdout = child.stdout.take().context("no stdout")?;
+    for line in BufReader::new(stdout).lines() {
+        let line = line?;
+        each(serde_json::from_str(&line).with_context(|| format!("{command:?} printed {line}"))?);
+    }
+    let status = child.wait()?;
+    ensure!(status.success(), "{command:?} ended with {status}");
+    Ok(())
+}
+
+/// Writes a benchmark's figures to `folder`, or to where all go, and says where.
+pub(super) fn write(folder: Option<&Path>, name: &str, figures: &Value) -> Result<()> {
+    let folder = folder.map_or_else(|| paths::target().join("bench"), Path::to_owned);
+    fs::create_dir_all(&folder).with_context(|| format!("cannot create {}", folder.display()))?;
+    let file = folder.join(name);
+    fs::write(&file, serde_json::to_vec_pretty(figures)?)
+        .with_context(|| format!("cannot write {}", file.display()))?;
+    println!("figures: {}", file.display());
+    Ok(())
+}
+
+/// The ratio of two medians, with the interval that holds it with 95 % confidence.
+#[derive(Clone, Copy, Debug)]
+pub(super) struct Ratio {
+    pub(super) value: f64,
+    pub(super) low: f64,
+    pub(super) high: f64,
+}
+
+/// By the percentile bootstrap, which asks nothing of how the times are distributed.
+pub(super) fn ratio(ours: &[u64], peers: &[u64]) -> Option<Ratio> {
+    const RESAMPLES: usize = 10_000;
+    if ours.is_empty() || peers.is_empty() {
+        return None;
+    }
+    let mut random = fastrand::Rng::with_seed(0);
+    let mut resample = |times: &[u64]| {
+        let mut drawn: Vec<_> = times
+            .iter()
+            .map(|_| times[random.usize(..times.len())])
+            .collect();
+        drawn.sort_unstable();
+        median(&drawn)
+    };
+    let mut ratios: Vec<_> = (0..RESAMPLES)
+        .map(|_| resample(ours) / resample(peers))
+        .collect();
+    ratios.sort_unstable_by(f64::total_cmp);
+    Some(Ratio {
+        value: median(ours) / median(peers),
+        low: ratios[RESAMPLES / 40],
+        high: ratios[RESAMPLES - 1 - RESAMPLES / 40],
+    })
+}
+
+/// The median of sorted times, at least one.
+pub(super) fn median(sorted: &[u64]) -> f64 {
+    let half = sorted.len() / 2;
+    if sorted.len() % 2 == 1 {
+        sorted[half] as f64
+    } else {
+        (sorted[half - 1] as f64 + sorted[half] as f64) / 2.0
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_median_of_few_times_is_theirs() {
+        assert_eq!(median(&[7]), 7.0);
+        assert_eq!(median(&[1, 9]), 5.0);
+        assert_eq!(median(&[1, 2, 90]), 2.0);
+    }
+
+    #[test]
+    fn a_ratio_lies_in_its_interval_which_narrows_with_the_spread() {
+        let wide = ratio(&[10, 20, 30, 40, 50], &[100, 200, 300, 400, 500]).unwrap();
+        assert_eq!(wide.value, 0.1);
+        assert!(wide.low < 0.1 && wide.high > 0.1);
+        let narrow = ratio(&[30; 5], &[300; 5]).unwrap();
+        assert_eq!((narrow.low, narrow.high), (0.1, 0.1));
+        assert!(ratio(&[], &[1]).is_none());
+    }
+}

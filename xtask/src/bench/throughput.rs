@@ -1,0 +1,107 @@
+//! `cargo xtask bench throughput`: how fast a large idle guest migrates over TCP on loopback, beside
+//! QEMU and beside the sockets alone.
+
+use std::collections::BTreeMap;
+use std::path::PathBuf;
+use std::process::Command;
+
+use anyhow::Result;
+use serde::{Deserialize, Serialize};
+use serde_json::json;
+
+use super::compare::{self, Ratio, median, ratio};
+use crate::artifacts::{self, Platform};
+use crate::setup::{self, Purpose};
+
+/// Arguments of `cargo xtask bench throughput`.
+#[derive(clap::Args)]
+pub(crate) struct Arguments {
+    /// Guest RAM, full of incompressible pages, GiB; source and destination need as much each.
+    #[arg(long, default_value_t = 4)]
+    gib: u64,
+    /// Migrations of each monitor.
+    #[arg(long, default_value_t = 5)]
+    runs: usize,
+    /// Where `throughput.json` goes.
+    #[arg(long, value_name = "DIR")]
+    out: Option<PathBuf>,
+}
+
+/// One run, as `bench-throughput` prints it.
+#[derive(Debug, Deserialize, Serialize)]
+struct Run {
+    /// A monitor, or `sockets`.
+    what: String,
+    ns: u64,
+    /// CPU time of both monitors without their vCPUs.
+    cpu_ns: Option<u64>,
+}
+
+/// Runs the benchmark, prints the table, writes the file.
+pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
+    setup::ensure(&[Purpose::Build, Purpose::Test])?;
+    let artifacts = artifacts::build(Platform::Host)?;
+    let mut command = Command::new(&artifacts.bench_throughput);
+    command
+        .args(["--monitors", "blackout,qemu"])
+        .args(["--gib", &arguments.gib.to_string()])
+        .args(["--runs", &arguments.runs.to_string()])
+        .envs(artifacts.environment(None));
+    let mut runs = Vec::new();
+    compare::each_line(&mut command, |run: Run| {
+        eprintln!(
+            "{:>4}: {} {:.3} s",
+            runs.len() + 1,
+            run.what,
+            run.ns as f64 / 1e9
+        );
+        runs.push(run);
+    })?;
+    print(&runs, arguments.gib);
+    compare::write(
+        arguments.out.as_deref(),
+        "throughput.json",
+        &json!({
+            "schema": "blackout.bench-throughput/1",
+            "gib": arguments.gib,
+            "runs": runs,
+        }),
+    )?;
+    Ok(0)
+}
+
+fn print(runs: &[Run], gib: u64) {
+    let mut times: BTreeMap<&str, (Vec<u64>, Vec<u64>)> = BTreeMap::new();
+    for run in runs {
+        let (took, cpu) = times.entry(&run.what).or_default();
+        took.push(run.ns);
+        cpu.extend(run.cpu_ns);
+    }
+    let gib = gib as f64;
+    println!(
+        "{:<10} {:>9} {:>9} {:>14}",
+        "", "total, s", "GiB/s", "CPU s per GiB"
+    );
+    for (what, (took, cpu)) in &mut times {
+        took.sort_unstable();
+        cpu.sort_unstable();
+        let total = median(took) / 1e9;
+        print!("{what:<10} {total:>9.3} {:>9.3}", gib / total);
+        match cpu.as_slice() {
+            [] => println!(),
+            cpu => println!(" {:>14.3}", median(cpu) / 1e9 / gib),
+        }
+    }
+    let took = |what| times.get(what).map_or(&[][..], |(took, _)| took.as_slice());
+    let say = |text, ours, theirs| {
+        if let Some(Ratio { value, low, high }) = ratio(ours, theirs) {
+            println!("{text} {value:.3}, 95 % {low:.3}–{high:.3}");
+        }
+    };
+    say("total time, to QEMU's:", took("blackout"), took("qemu"));
+    say(
+        "share of what the sockets can do:",
+        took("sockets"),
+        took("blackout"),
+    );
+}
