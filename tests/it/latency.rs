@@ -14,25 +14,12 @@ const RUNS: usize = 20;
 /// Migrations that are done at most to find so many that the observer can judge.
 const TRIES: usize = 100;
 
-/// An observer that was itself not looking for longer than this, at both edges together, can't
-/// judge a migration: on a kernel that does not preempt itself, it waits for the threads that do the
-/// switchover.
-const SHARP_NS: u64 = 150_000;
-
-/// Nor can it where the host had vCPUs wait for a CPU for longer than this.
-const UNDISTURBED_NS: u64 = 50_000;
-
 struct Compared {
     seen: Seen,
     tool_ns: u64,
 }
 
 impl Compared {
-    /// Whether the observer is to be believed.
-    fn fair(&self) -> bool {
-        self.seen.error_ns <= SHARP_NS && self.seen.set_aside_ns <= UNDISTURBED_NS
-    }
-
     fn off_ns(&self) -> u64 {
         self.seen.blackout_ns().abs_diff(self.tool_ns)
     }
@@ -55,7 +42,7 @@ fn the_blackout_is_what_an_outside_observer_sees() -> Result<()> {
     while compared.len() < RUNS && tries < TRIES {
         tries += 1;
         let run = one_migration(cpus)?;
-        if run.fair() {
+        if run.seen.is_fair() {
             println!(
                 "{:2}: observer {:>8} ns, tool {:>8} ns, off {:>6} ns, observer's error {:>6} ns",
                 compared.len() + 1,

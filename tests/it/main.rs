@@ -7,6 +7,7 @@ mod its;
 mod latency;
 mod migrate;
 mod migrate_faults;
+mod peers;
 #[path = "../perfetto/query.rs"]
 mod perfetto;
 mod probes;

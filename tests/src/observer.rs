@@ -28,7 +28,20 @@ pub struct Seen {
     pub set_aside_ns: u64,
 }
 
+/// An observer that was itself not looking for longer than this, at both edges together, can't
+/// judge a migration: on a kernel that does not preempt itself, it waits for the threads that do the
+/// switchover.
+const SHARP_NS: u64 = 150_000;
+
+/// Nor can it where the host had vCPUs wait for a CPU for longer than this.
+const UNDISTURBED_NS: u64 = 50_000;
+
 impl Seen {
+    /// Whether a monitor or a tool that says something else is to be blamed for it.
+    pub fn is_fair(&self) -> bool {
+        self.error_ns <= SHARP_NS && self.set_aside_ns <= UNDISTURBED_NS
+    }
+
     /// The blackout.
     pub fn blackout_ns(&self) -> u64 {
         self.first_progress_ns - self.last_progress_ns

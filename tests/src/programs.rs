@@ -1,6 +1,6 @@
 //! Where the programs under test are.
 
-use std::env;
+use std::env::{self, consts::ARCH};
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
@@ -18,6 +18,17 @@ pub fn tool() -> Result<PathBuf> {
 /// The bare-metal guest: `BLACKOUT_GUEST`.
 pub fn guest() -> Result<PathBuf> {
     find("BLACKOUT_GUEST")
+}
+
+/// The name of QEMU for this machine, which the path may have.
+pub fn qemu() -> String {
+    format!("qemu-system-{ARCH}")
+}
+
+/// Whether it has.
+pub fn has_qemu() -> bool {
+    let path = env::var_os("PATH").unwrap_or_default();
+    env::split_paths(&path).any(|folder| folder.join(qemu()).is_file())
 }
 
 fn find(variable: &str) -> Result<PathBuf> {

@@ -1,6 +1,5 @@
 //! A monitor as a child process.
 
-use std::env::consts::ARCH;
 use std::fs::{self, File};
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -166,7 +165,7 @@ fn blackout(options: &VmmOptions, dir: &TempDir) -> Result<Command> {
 fn qemu(options: &VmmOptions, dir: &TempDir) -> Result<Command> {
     let file = |name| dir.path().join(name).display().to_string();
     let memory = &options.memory;
-    let mut command = Command::new(format!("qemu-system-{ARCH}"));
+    let mut command = Command::new(programs::qemu());
     command
         .args(["-accel", "kvm", "-M", "pc,memory-backend=ram"])
         // KVM on a development machine does not know this one, and QEMU asks for it.

@@ -2,8 +2,9 @@
 
 use nix::errno::Errno;
 
+use super::kvm;
 use super::spans::{Args, Span};
-use crate::recording::Value;
+use crate::recording::{Ioctl, Value};
 
 /// Arguments that name or count what a span is about, in the order in which they are shown. The
 /// others are in traces, where there is room.
@@ -28,6 +29,14 @@ pub fn detail(span: &Span) -> String {
         text.push_str(&words(end, &SHOWN));
     }
     text.trim_start().to_owned()
+}
+
+/// An ioctl by its device attribute, where it has one that has a name, or by its own.
+pub fn ioctl(ioctl: &Ioctl) -> String {
+    let attr = ioctl
+        .attr
+        .and_then(|attr| kvm::attr_name(ioctl.fd_kind, attr));
+    attr.map_or_else(|| kvm::ioctl_name(ioctl), str::to_owned)
 }
 
 /// The name of a negative errno, or `ok`.

@@ -1,11 +1,13 @@
 //! The one definition of downtime, blackout and explained. Production and CI use this code.
 //!
 //! * **downtime**: from the entry of `migration_stop_vm` on the source to the first KVM_RUN on the
-//!   destination. If the migration failed after the stop, it ends where the source runs again.
+//!   destination. If the migration failed after the stop, it ends where the source runs again. Of a
+//!   monitor without probes, it begins with the first vCPU's last return from KVM_RUN.
 //! * **blackout**: the guest-dark part of it: from the last vCPU's last exit from guest code on the
 //!   source to the first entry on the destination (or, again, the source). Per vCPU too.
 //! * **explained**: the share of the downtime that is covered by spans of either side that do work
-//!   ([`Nature::Work`]), and by messages under way whose both ends were seen. A span that waits for
+//!   ([`Nature::Work`]), and by messages under way whose both ends were seen; of a monitor without
+//!   probes, by its KVM ioctls. A span that waits for
 //!   the other side explains nothing, and neither does a layer that only calls the next.
 //! * **gap**: what is left, each with its place.
 
@@ -149,34 +151,71 @@ pub fn measure<'p>(
     let Some((end_ns, on)) = resumed else {
         return downtime;
     };
-    let bounds = Bounds {
+    downtime.bounds = Some(Bounds {
         start_ns: stop_ns,
         end_ns,
         resumed: on.side,
-    };
-    downtime.bounds = Some(bounds);
-
-    // KVM's own work at either edge of KVM_RUN belongs to the blackout, not to the guest.
-    let exits = exits(source, stop_ns, end_ns);
-    let entries = guest_entries(on, stop_ns);
-    let light = entries.iter().map(|(_, entry)| *entry).min();
-    let dark = exits.iter().map(|(_, exit)| *exit).max();
-    downtime.blackout = dark.zip(light);
-    downtime.vcpus = entries
-        .into_iter()
-        .filter_map(|(index, entry)| {
-            let index = index?;
-            let exit = exits.iter().find(|(other, _)| *other == Some(index))?.1;
-            Some(VcpuBlackout {
-                index,
-                start_ns: exit,
-                end_ns: entry,
-            })
-        })
-        .collect();
-    downtime.vcpus.sort_by_key(|vcpu| vcpu.index);
-    (downtime.explained, downtime.gaps) = explain(bounds, source, destination, wire);
+    });
+    downtime.fill(source, destination, on, wire);
     downtime
+}
+
+/// Measures the downtime of a migration that only the kernel saw: from the first vCPU's last return
+/// from KVM_RUN on the source to the first KVM_RUN on the destination. What the monitor did before
+/// it got the first vCPU out, and between two ioctls, is not to be seen.
+pub fn measure_by_kernel<'p>(source: &'p Party<'p>, destination: &'p Party<'p>) -> Downtime {
+    let mut downtime = Downtime::default();
+    let Some((_, end_ns)) = entries(destination, i64::MIN).first().copied() else {
+        return downtime;
+    };
+    let vcpus = source.vcpus.iter();
+    let Some(stop_ns) = vcpus.filter_map(|vcpu| exit(vcpu, i64::MIN, end_ns)).min() else {
+        return downtime;
+    };
+    downtime.stop_ns = Some(stop_ns);
+    downtime.bounds = Some(Bounds {
+        start_ns: stop_ns,
+        end_ns,
+        resumed: destination.side,
+    });
+    downtime.fill(source, Some(destination), destination, &[]);
+    downtime
+}
+
+impl Downtime {
+    /// What follows from the bounds. The guest went `on` there.
+    fn fill(
+        &mut self,
+        source: &Party<'_>,
+        destination: Option<&Party<'_>>,
+        on: &Party<'_>,
+        wire: &[Segment],
+    ) {
+        let Some(bounds) = self.bounds else { return };
+        let Bounds {
+            start_ns, end_ns, ..
+        } = bounds;
+        // KVM's own work at either edge of KVM_RUN belongs to the blackout, not to the guest.
+        let exits = exits(source, start_ns, end_ns);
+        let entries = guest_entries(on, start_ns);
+        let light = entries.iter().map(|(_, entry)| *entry).min();
+        let dark = exits.iter().map(|(_, exit)| *exit).max();
+        self.blackout = dark.zip(light);
+        self.vcpus = entries
+            .into_iter()
+            .filter_map(|(index, entry)| {
+                let index = index?;
+                let exit = exits.iter().find(|(other, _)| *other == Some(index))?.1;
+                Some(VcpuBlackout {
+                    index,
+                    start_ns: exit,
+                    end_ns: entry,
+                })
+            })
+            .collect();
+        self.vcpus.sort_by_key(|vcpu| vcpu.index);
+        (self.explained, self.gaps) = explain(bounds, source, destination, wire);
+    }
 }
 
 fn completed(source: &Party<'_>) -> bool {
@@ -306,13 +345,23 @@ fn explain(
             .filter(|span| explains(span.what))
             .map(|span| span_cover(party.side, span))
     });
+    // A monitor that says nothing is known by its ioctls.
+    let silent = parties.iter().flatten().filter(|p| p.spans.is_empty());
+    let ioctls = silent.flat_map(|party| {
+        let covers = party.ioctls.iter();
+        covers.map(|ioctl| Cover {
+            start_ns: ioctl.start_ns,
+            end_ns: ioctl.end_ns,
+            name: format!("{} ({})", describe::ioctl(ioctl.what), party.side),
+        })
+    });
     let segments = wire.iter().map(|segment| Cover {
         start_ns: segment.sent_ns,
         end_ns: segment.received_ns,
         name: format!("{} ({})", segment.describe(), Side::Wire),
     });
     let inside = |cover: &Cover| cover.start_ns < bounds.end_ns && cover.end_ns > bounds.start_ns;
-    let mut covers: Vec<_> = spans.chain(segments).filter(inside).collect();
+    let mut covers: Vec<_> = spans.chain(ioctls).chain(segments).filter(inside).collect();
     covers.sort_by_key(|cover| (cover.start_ns, cover.end_ns));
 
     let gap = |start_ns, end_ns, after: &str, before: String| {
@@ -327,7 +376,12 @@ fn explain(
     };
     let mut gaps = Vec::new();
     let mut until = bounds.start_ns;
-    let mut after = format!("migration_stop_vm began ({})", Side::Source);
+    let stop = if source.spans.is_empty() {
+        "a vCPU's last KVM_RUN"
+    } else {
+        "migration_stop_vm began"
+    };
+    let mut after = format!("{stop} ({})", Side::Source);
     for cover in covers {
         if cover.start_ns > until {
             gaps.push(gap(until, cover.start_ns, &after, cover.name.clone()));

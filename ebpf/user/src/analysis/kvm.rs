@@ -75,6 +75,8 @@ const NAMES: &[(u8, On, &str)] = &[
     (0x8f, On::Any, "KVM_SET_LAPIC"),
     (0x90, On::Any, "KVM_SET_CPUID2"),
     (0x91, On::Any, "KVM_GET_CPUID2"),
+    (0x92, On::Any, "KVM_TPR_ACCESS_REPORTING"),
+    (0x93, On::Any, "KVM_SET_VAPIC_ADDR"),
     (0x98, On::Any, "KVM_GET_MP_STATE"),
     (0x99, On::Any, "KVM_SET_MP_STATE"),
     (0x9a, On::Any, "KVM_NMI"),
@@ -170,6 +172,30 @@ pub fn sets_attr(ioctl: &Ioctl, kind: FdKind, group: u32) -> Option<u64> {
     let attr = ioctl.attr?;
     let fits = ioctl.fd_kind == kind || ioctl.fd_kind == FdKind::Unknown;
     (number == NR_SET_DEVICE_ATTR && fits && attr.group == group).then_some(attr.attr)
+}
+
+/// Whether the ioctl reads general registers of a vCPU, as every monitor does that saves one.
+pub fn reads_registers(ioctl: &Ioctl) -> bool {
+    is_one_of(ioctl, &["KVM_GET_REGS", "KVM_GET_ONE_REG"])
+}
+
+/// Whether the ioctl writes general registers of a vCPU, as every monitor does that restores one.
+pub fn writes_registers(ioctl: &Ioctl) -> bool {
+    is_one_of(ioctl, &["KVM_SET_REGS", "KVM_SET_ONE_REG"])
+}
+
+/// Whether the ioctl asks what the guest has written.
+pub fn reads_dirty_log(ioctl: &Ioctl) -> bool {
+    let ways = [
+        "KVM_GET_DIRTY_LOG",
+        "KVM_CLEAR_DIRTY_LOG",
+        "KVM_RESET_DIRTY_RINGS",
+    ];
+    is_one_of(ioctl, &ways)
+}
+
+fn is_one_of(ioctl: &Ioctl, names: &[&str]) -> bool {
+    names.contains(&ioctl_name(ioctl).as_str())
 }
 
 #[cfg(test)]

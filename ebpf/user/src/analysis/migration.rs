@@ -8,6 +8,7 @@ use std::cmp::Reverse;
 use std::collections::{BTreeMap, HashSet};
 use std::iter::successors;
 
+use super::by_kernel;
 use super::clock::{self, Clock};
 use super::describe;
 use super::downtime::{self, Downtime};
@@ -22,10 +23,25 @@ use crate::recording::Ending;
 /// was asked for. 1 s, in ns.
 const ASKED_NS: u64 = 1_000_000_000;
 
+/// Spans that are a migration, on either side.
+pub(super) const WHOLES: [&str; 2] = ["migrate", "migrate_incoming"];
+
+/// How a migration was seen.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum View {
+    /// By the monitor's probes, and KVM's ioctls beside them.
+    Probes,
+    /// By KVM's ioctls alone: the monitor has no probes.
+    Kernel,
+}
+
 /// One migration, seen from one side or both. Times are ns since its start on the source's clock;
 /// with only the destination recorded, since the connection was accepted there.
 #[derive(Debug)]
 pub struct Migration<'a> {
+    /// How it was seen.
+    pub view: View,
     /// The id that both sides know it by; `None` if it failed before one was agreed on.
     pub id: Option<u64>,
     /// `normal`, or the name of another mode; empty if the source was not recorded.
@@ -101,12 +117,12 @@ struct End<'a> {
     id: Option<u64>,
 }
 
-/// The migrations in `recordings`, in the order of their starts.
+/// The migrations in `recordings`, in the order of their starts; those that no probe tells of come
+/// after the others.
 pub fn find(recordings: &[Loaded]) -> Vec<Migration<'_>> {
-    let outgoing = ends(recordings, "migrate", |span| span.begin.u64("id"));
-    let incoming = ends(recordings, "migrate_incoming", |span| {
-        span.end.as_ref()?.u64("id")
-    });
+    let [source, destination] = WHOLES;
+    let outgoing = ends(recordings, source, |span| span.begin.u64("id"));
+    let incoming = ends(recordings, destination, |span| span.end.as_ref()?.u64("id"));
     let mut taken = vec![false; incoming.len()];
     let mut pairs: Vec<(Option<End<'_>>, Option<End<'_>>)> = Vec::new();
     for source in &outgoing {
@@ -128,11 +144,9 @@ pub fn find(recordings: &[Loaded]) -> Vec<Migration<'_>> {
         .map(|end| end.span.start_ns)
         .collect();
     let next = |index: usize| starts.get(index + 1).copied().unwrap_or(u64::MAX);
-    pairs
-        .into_iter()
-        .enumerate()
-        .map(|(index, (source, destination))| join(source, destination, next(index)))
-        .collect()
+    let told = pairs.into_iter().enumerate();
+    let told = told.map(|(index, (source, destination))| join(source, destination, next(index)));
+    told.chain(by_kernel::find(recordings)).collect()
 }
 
 fn ends<'a>(
@@ -255,6 +269,7 @@ fn join<'a>(source: Option<End<'a>>, destination: Option<End<'a>>, next_ns: u64)
         .flat_map(its::operations)
         .collect();
     Migration {
+        view: View::Probes,
         id,
         mode,
         status: said("status").unwrap_or_else(|| "unfinished".to_owned()),

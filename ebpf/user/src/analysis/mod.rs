@@ -4,6 +4,7 @@
 //! [`migration`] finds the migrations and joins their sides, each a [`party`] on one time axis
 //! ([`clock`]); [`downtime`] and [`its`] measure them. All of it is pure: no clock, no kernel.
 
+mod by_kernel;
 pub mod clock;
 pub mod describe;
 pub mod downtime;
@@ -17,6 +18,6 @@ pub mod wire;
 
 pub use downtime::Downtime;
 pub use load::{Loaded, Process, Thread};
-pub use migration::{Migration, find};
+pub use migration::{Migration, View, find};
 pub use party::{Party, Placed, Side};
 pub use spans::{Args, Point, Problem, Span};

@@ -6,7 +6,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::analysis::party::{Party, Side};
-use crate::analysis::{describe, kvm, migration};
+use crate::analysis::{View, describe, kvm, migration};
 use crate::recording::FdKind;
 
 /// The name of the schema and its version.
@@ -24,6 +24,8 @@ pub struct Report {
 /// One migration.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 pub struct Migration {
+    /// `probes`, or `kernel` when the monitor has none and only KVM's ioctls were seen.
+    pub view: View,
     /// The id that both sides know it by.
     pub id: Option<u64>,
     /// `normal`, or the name of another mode; empty if the source was not recorded.
@@ -33,7 +35,8 @@ pub struct Migration {
     /// What failed, where and with which errno.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
-    /// From the entry of `migration_stop_vm` to the first KVM_RUN on the destination.
+    /// From the entry of `migration_stop_vm`, or, in the view `kernel`, from the first vCPU's last
+    /// return from KVM_RUN, to the first KVM_RUN on the destination.
     pub downtime_ns: Option<u64>,
     /// From the last vCPU's last exit from guest code to the first entry.
     pub blackout_ns: Option<u64>,
@@ -185,6 +188,7 @@ impl Migration {
             blackout_ns: length((vcpu.start_ns, vcpu.end_ns)),
         });
         Self {
+            view: from.view,
             id: from.id,
             mode: from.mode.clone(),
             status: from.status.clone(),

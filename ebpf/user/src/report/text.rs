@@ -12,7 +12,7 @@ use super::tree::{self, Row, Tone};
 use super::units::{cut, percent, time};
 use crate::analysis::clock::Basis;
 use crate::analysis::describe::{self, printable};
-use crate::analysis::{Loaded, Migration, Party, Side};
+use crate::analysis::{Loaded, Migration, Party, Side, View};
 use crate::recording::Ending;
 
 /// The widest line.
@@ -92,7 +92,10 @@ fn one(out: &mut impl Write, migration: &Migration<'_>) -> io::Result<()> {
         .id
         .map_or_else(|| "of unknown id".to_owned(), |id| id.to_string());
     let mode = printable(&migration.mode);
-    let title = format!("Migration {id}, {}", printable(&migration.status));
+    let title = match migration.view {
+        View::Probes => format!("Migration {id}, {}", printable(&migration.status)),
+        View::Kernel => "Migration, seen by KVM's ioctls: the monitor has no probes".to_owned(),
+    };
     let title = if mode.is_empty() {
         title
     } else {
@@ -124,7 +127,11 @@ fn side(out: &mut impl Write, migration: &Migration<'_>, party: &Party<'_>) -> i
         "\n{TITLE}{title:NAME$}{TITLE:#}{QUIET} {:>10} {:>7} result{QUIET:#}",
         "took", "share"
     )?;
-    for row in tree::rows(party, migration.downtime.bounds) {
+    let rows = match migration.view {
+        View::Probes => tree::rows(party, migration.downtime.bounds),
+        View::Kernel => tree::ioctl_rows(party, migration.downtime.bounds),
+    };
+    for row in rows {
         line(out, &row)?;
     }
     Ok(())
@@ -194,6 +201,9 @@ fn figures(out: &mut impl Write, migration: &Migration<'_>) -> io::Result<()> {
     match (downtime.bounds, downtime.stop_ns) {
         (Some(bounds), _) => {
             let what = match bounds.resumed {
+                _ if migration.view == View::Kernel => {
+                    "first vCPU out of KVM_RUN → KVM_RUN at the destination"
+                }
                 Side::Source => "migration_stop_vm entered → KVM_RUN again at the source",
                 _ => "migration_stop_vm entered → KVM_RUN at the destination",
             };
@@ -232,7 +242,10 @@ fn figures(out: &mut impl Write, migration: &Migration<'_>) -> io::Result<()> {
             out,
             "explained",
             &percent(explained),
-            "of the downtime is in named spans",
+            match migration.view {
+                View::Probes => "of the downtime is in named spans",
+                View::Kernel => "of the downtime is in KVM's ioctls",
+            },
         )?;
     }
     gaps(out, migration)?;

@@ -5,7 +5,7 @@ use std::collections::HashMap;
 use blackout_abi::Nature;
 
 use crate::analysis::downtime::Bounds;
-use crate::analysis::{Party, Placed, Span, describe, its, kvm};
+use crate::analysis::{Party, Placed, Span, describe, its};
 use crate::recording::{Ioctl, Value};
 
 /// More equal spans in a row than this become one line.
@@ -60,6 +60,24 @@ pub(super) fn rows(party: &Party<'_>, bounds: Option<Bounds>) -> Vec<Row> {
         index += alike;
     }
     rows
+}
+
+/// The lines of a party without probes: what KVM did for it during the downtime `bounds`, in order.
+pub(super) fn ioctl_rows(party: &Party<'_>, bounds: Option<Bounds>) -> Vec<Row> {
+    let inside = |ioctl: &&Placed<'_, Ioctl>| {
+        bounds
+            .is_some_and(|bounds| ioctl.start_ns < bounds.end_ns && ioctl.end_ns > bounds.start_ns)
+    };
+    let ioctls: Vec<_> = party.ioctls.iter().filter(inside).copied().collect();
+    let same = |one: &Placed<'_, Ioctl>, next: &Placed<'_, Ioctl>| {
+        one.tid == next.tid
+            && one.what.ret == next.what.ret
+            && describe::ioctl(one.what) == describe::ioctl(next.what)
+    };
+    ioctls
+        .chunk_by(same)
+        .filter_map(|run| kernel_row(run, 0, bounds))
+        .collect()
 }
 
 /// How many spans at the head of `rest` go on one line.
@@ -119,10 +137,7 @@ fn span_row(run: &[Placed<'_, Span>], bounds: Option<Bounds>) -> Option<Row> {
 
 fn kernel_row(ioctls: &[Placed<'_, Ioctl>], depth: usize, bounds: Option<Bounds>) -> Option<Row> {
     let first = ioctls.first()?.what;
-    let attr = first
-        .attr
-        .and_then(|attr| kvm::attr_name(first.fd_kind, attr));
-    let name = attr.map_or_else(|| kvm::ioctl_name(first), str::to_owned);
+    let name = describe::ioctl(first);
     let times = if ioctls.len() > 1 {
         format!(" × {}", ioctls.len())
     } else {

@@ -9,6 +9,7 @@ mod hostile;
 mod perfetto;
 mod report;
 mod scenarios;
+mod silent;
 mod steps;
 mod tape;
 

@@ -8,11 +8,11 @@ use blackout::report::text;
 use crate::tape::Tape;
 use crate::{TESTBED, check, scenarios};
 
-fn load(name: &str, bytes: &[u8]) -> Loaded {
+pub(crate) fn load(name: &str, bytes: &[u8]) -> Loaded {
     Loaded::read(name.into(), Reader::new(name.into(), bytes).unwrap()).unwrap()
 }
 
-fn golden(name: &str, tapes: &[Tape]) -> Report {
+pub(crate) fn golden(name: &str, tapes: &[Tape]) -> Report {
     let recordings: Vec<_> = tapes
         .iter()
         .map(|tape| load("blackout.rec", &tape.bytes()))

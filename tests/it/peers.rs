@@ -1,0 +1,71 @@
+//! The tool on monitors that say nothing: Debian's QEMU as it is, seen by KVM's ioctls alone.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use harness::observer::Watched;
+use harness::pair::{Monitor, Pair, Transport};
+use harness::{Cpus, Observer, Recorder, VmmOptions, programs, skip, tool};
+
+const LIMIT: Duration = Duration::from_secs(120);
+
+/// Migrations that are done at most to find one that the observer can judge.
+const TRIES: usize = 10;
+
+#[test]
+fn a_migration_of_qemu_is_seen_without_its_help() -> Result<()> {
+    if !programs::has_qemu() {
+        skip!("no QEMU for this machine's architecture");
+    }
+    let Some(cpus) = Cpus::split()? else {
+        skip!("it needs two CPUs");
+    };
+    for _ in 0..TRIES {
+        let options = VmmOptions {
+            memory: "64M".into(),
+            cmdline: "dirty=1M".into(),
+            ..VmmOptions::default()
+        };
+        let mut pair = Pair::spawn(Monitor::Qemu, Transport::Unix, &options, LIMIT)?;
+        let pids = [pair.source.pid(), pair.destination.pid()];
+        for pid in pids {
+            cpus.pin_vcpus(pid)?;
+        }
+        let recording = pair.source.dir().join("recording");
+        let recorder = Recorder::start(&pids, &recording)?;
+        let observer = Observer::start(Watched::open(pids[0])?, Watched::open(pids[1])?, 1, LIMIT);
+        let answer = pair.source.qmp.migrate(&pair.uri, LIMIT)?;
+        ensure!(answer["status"] == "completed", "{answer}");
+        let seen = observer.finish()?;
+        recorder.stop()?;
+
+        let path = recording.to_str().context("the path is not UTF-8")?;
+        println!("{}", tool::run(&["report", path])?);
+        let report = tool::report(&recording)?;
+        let migration = &report["migrations"][0];
+        ensure!(migration["view"] == "kernel", "{migration}");
+        ensure!(report["migrations"].as_array().map(Vec::len) == Some(1));
+        let figure = |name: &str| {
+            migration[name]
+                .as_u64()
+                .with_context(|| format!("no {name}"))
+        };
+        let (downtime_ns, blackout_ns) = (figure("downtime_ns")?, figure("blackout_ns")?);
+        println!(
+            "QEMU says {} ms; the tool {downtime_ns} ns of downtime, {blackout_ns} ns of \
+             blackout; the observer {} ns",
+            answer["downtime"],
+            seen.blackout_ns()
+        );
+        if !seen.is_fair() {
+            continue;
+        }
+        let off_ns = seen.blackout_ns().abs_diff(blackout_ns);
+        ensure!(
+            off_ns <= (seen.blackout_ns() / 50).max(100_000),
+            "the blackout is {off_ns} ns off what the observer saw"
+        );
+        return Ok(());
+    }
+    skip!("the machine is too busy: the observer could judge none of {TRIES} migrations");
+}
