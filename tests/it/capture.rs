@@ -220,6 +220,8 @@ fn a_monitor_that_runs_is_understood() -> Result<()> {
     let dir = tempfile::tempdir()?;
     let output = dir.path().join("recording");
     let recorder = Recorder::start(&[vmm.pid()], &output)?;
+    // On a busy machine the vCPU may wait for a CPU; what did not run was not seen to stop.
+    guest.wait_progress(0, LIMIT)?;
     vmm.qmp.execute("stop", serde_json::json!({}))?;
     thread::sleep(Duration::from_millis(100));
     vmm.qmp.execute("cont", serde_json::json!({}))?;

@@ -1,4 +1,5 @@
-//! The tool on monitors that say nothing: Debian's QEMU as it is, seen by KVM's ioctls alone.
+//! The tool on monitors that nobody named to it, and on those that say nothing: Debian's QEMU as it
+//! is, seen by KVM's ioctls alone.
 
 use std::time::Duration;
 
@@ -11,6 +12,33 @@ const LIMIT: Duration = Duration::from_secs(120);
 
 /// Migrations that are done at most to find one that the observer can judge.
 const TRIES: usize = 10;
+
+#[test]
+fn a_recorder_for_all_sees_monitors_that_start_after_it() -> Result<()> {
+    let folder = tempfile::tempdir()?;
+    let recording = folder.path().join("recording");
+    let recorder = Recorder::start_for_all(&recording)?;
+    let options = VmmOptions {
+        memory: "32M".into(),
+        ..VmmOptions::default()
+    };
+    let mut pair = Pair::spawn(Monitor::Blackout, Transport::Unix, &options, LIMIT)?;
+    // It looks for newcomers a few times a second.
+    std::thread::sleep(Duration::from_secs(1));
+    let answer = pair.source.qmp.migrate(&pair.uri, LIMIT)?;
+    ensure!(answer["status"] == "completed", "{answer}");
+    recorder.stop()?;
+    let report = tool::report(&recording)?;
+    let migrations = report["migrations"].as_array().context("no migrations")?;
+    // Other VMs of this machine may migrate as well.
+    let ours = migrations
+        .iter()
+        .find(|migration| migration["id"] == answer["blackout"]["id"])
+        .context("the migration was not seen")?;
+    ensure!(ours["view"] == "probes" && ours["status"] == "completed");
+    ensure!(ours["blackout_ns"].as_u64().is_some_and(|ns| ns > 0));
+    Ok(())
+}
 
 #[test]
 fn a_migration_of_qemu_is_seen_without_its_help() -> Result<()> {

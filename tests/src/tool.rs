@@ -31,12 +31,22 @@ pub struct Recorder {
 impl Recorder {
     /// Records the processes `pids` into `output`; returns once every probe is attached.
     pub fn start(pids: &[u32], output: &Path) -> Result<Self> {
+        let pids = pids.iter().map(|pid| format!("--pid={pid}"));
+        Self::spawn(pids.collect(), output)
+    }
+
+    /// Records every process that has a VM, also those that come; returns once it would see them.
+    pub fn start_for_all(output: &Path) -> Result<Self> {
+        Self::spawn(vec!["--all".to_owned()], output)
+    }
+
+    fn spawn(whom: Vec<String>, output: &Path) -> Result<Self> {
         let mut command = Command::new(programs::tool()?);
-        command.arg("record").arg("--output").arg(output);
-        for pid in pids {
-            command.args(["--pid", &pid.to_string()]);
-        }
         command
+            .arg("record")
+            .arg("--output")
+            .arg(output)
+            .args(whom)
             .stdin(Stdio::null())
             .stdout(Stdio::null())
             .stderr(Stdio::piped());

@@ -7,7 +7,7 @@ use aya_ebpf::helpers::generated::bpf_probe_read_user;
 use blackout_abi::event::{Ioctl, Kind};
 
 use crate::run;
-use crate::shared::{IOCTLS, current, emit, header, is_target, now, syscall_args};
+use crate::shared::{IOCTLS, current, emit, header, is_target, is_wanted, now, syscall_args};
 
 const KVMIO: u32 = 0xae;
 const KVM_RUN: u32 = 0xae80;
@@ -48,7 +48,7 @@ pub fn enter(fd: u32, cmd: u32, arg: u64) {
     if cmd == KVM_RUN {
         return run::enter(task, fd, start);
     }
-    if !is_target(task.tgid) {
+    if !is_wanted(task.tgid) {
         return;
     }
     let mut call = Ioctl {

@@ -5,14 +5,16 @@
 
 use blackout_abi::event::{Kind, Run, RunEdge, RunEdges};
 
-use crate::shared::{RUNS, Task, current, emit, gap_ns, header, is_target, now, syscall_args};
+use crate::shared::{
+    RUNS, Task, current, emit, gap_ns, header, is_target, is_wanted, now, syscall_args,
+};
 
 /// A thread calls `KVM_RUN` on the vCPU `fd`.
 #[inline(always)]
 pub fn enter(task: Task, fd: u32, time: u64) {
     // A thread that is known belongs to a target: that look-up is for the first call only.
     let Some(edges) = RUNS.get_ptr_mut(task.tid) else {
-        if is_target(task.tgid) {
+        if is_wanted(task.tgid) {
             first(task, fd, time);
         }
         return;

@@ -49,6 +49,10 @@ pub static CALLS: HashMap<u32, u64> = HashMap::with_max_entries(1024, 0);
 #[unsafe(no_mangle)]
 static GAP_NS: u64 = 200_000;
 
+/// Not 0: every process that makes an ioctl of KVM is a target from then on.
+#[unsafe(no_mangle)]
+static ALL: u64 = 0;
+
 /// Device and inode of the pid namespace that ids are to be given in; 0 for the first one.
 #[unsafe(no_mangle)]
 static PIDNS_DEV: u64 = 0;
@@ -147,6 +151,12 @@ pub fn current() -> Task {
 #[inline(always)]
 pub fn is_target(tgid: u32) -> bool {
     TARGETS.get_ptr(tgid).is_some()
+}
+
+/// Whether the process, which makes an ioctl of KVM, is to be traced.
+#[inline(always)]
+pub fn is_wanted(tgid: u32) -> bool {
+    is_target(tgid) || global!(ALL) != 0 && TARGETS.insert(tgid, 1, 0).is_ok()
 }
 
 /// `CLOCK_MONOTONIC`, ns.

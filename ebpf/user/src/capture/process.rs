@@ -55,6 +55,33 @@ impl Process {
     }
 }
 
+/// The processes that have a VM of KVM's open.
+pub fn with_vm() -> Vec<u32> {
+    let has_vm = |pid: &u32| {
+        let descriptors = descriptors(*pid);
+        let mut links = descriptors.iter().map(|(_, link)| link.to_string_lossy());
+        links.any(|link| link.starts_with("anon_inode:kvm-vm"))
+    };
+    all().filter(has_vm).collect()
+}
+
+/// The processes whose name, or whose program's file name, is `name`.
+pub fn with_name(name: &str) -> Vec<u32> {
+    // The kernel keeps 15 bytes of a name.
+    let comm = name.get(..15).unwrap_or(name);
+    let fits = |pid: &u32| {
+        let exe = fs::read_link(format!("/proc/{pid}/exe")).unwrap_or_default();
+        exe.file_name().is_some_and(|file| file == name)
+            || line(&format!("/proc/{pid}/comm")) == comm
+    };
+    all().filter(fits).collect()
+}
+
+fn all() -> impl Iterator<Item = u32> {
+    let entries = fs::read_dir("/proc").into_iter().flatten();
+    entries.filter_map(|entry| entry.ok()?.file_name().to_str()?.parse().ok())
+}
+
 /// A thread's name; empty for one that is gone.
 pub(super) fn thread_name(pid: u32, tid: u32) -> String {
     line(&format!("/proc/{pid}/task/{tid}/comm"))

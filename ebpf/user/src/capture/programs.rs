@@ -18,6 +18,8 @@ pub(super) const MAX_SITES: usize = 8192;
 pub struct Options {
     /// A vCPU that is out of `KVM_RUN` for longer than this is reported, ns.
     pub gap_ns: u64,
+    /// Whether processes that make an ioctl of KVM are recorded without being named.
+    pub all: bool,
     /// Size of the ring buffer, bytes; rounded up to a power of two.
     pub buffer: u32,
 }
@@ -53,6 +55,7 @@ impl Programs {
             .map_max_entries("RECORDS", buffer)
             .map_max_entries("SITES", MAX_SITES as u32)
             .override_global("GAP_NS", &options.gap_ns, true)
+            .override_global("ALL", &u64::from(options.all), true)
             .override_global("WAKE_BYTES", &wake_bytes, true)
             .override_global("PIDNS_DEV", &pidns_dev, true)
             .override_global("PIDNS_INO", &pidns_ino, true)

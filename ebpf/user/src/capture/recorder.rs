@@ -1,6 +1,6 @@
 //! The recorder: programs, processes and the file, brought together.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::io;
 use std::os::fd::OwnedFd;
@@ -14,7 +14,7 @@ use rustix::io::Errno;
 use super::attach::UsdtProgram;
 use super::process::Process;
 use super::sites::Pattern;
-use super::translate::Translator;
+use super::translate::{self, Translator};
 use super::{Coverage, Error, Options, Programs, clock, process};
 use crate::recording::{Cost, Frame, Header, Writer};
 use crate::usdt::{Attachment, Uprobes};
@@ -38,6 +38,10 @@ pub struct Recorder {
     /// The exit of each thread that was reported as out of `KVM_RUN`.
     out: HashMap<u32, u64>,
     gap_ns: u64,
+    /// Whether processes join that were not named.
+    all: bool,
+    /// Those that did.
+    joined: HashSet<u32>,
     writer: Writer<File>,
     frames: Vec<Frame>,
     events: u64,
@@ -98,6 +102,8 @@ impl Recorder {
             translator: Translator::default(),
             out: HashMap::new(),
             gap_ns: options.gap_ns,
+            all: options.all,
+            joined: HashSet::new(),
             frames: Vec::new(),
             events: 0,
             lost: 0,
@@ -145,9 +151,9 @@ impl Recorder {
         Ok(added.sites.len())
     }
 
-    /// Whether any of the processes still lives.
+    /// Whether any of the processes still lives, or others may come.
     pub fn is_anyone_alive(&self) -> bool {
-        self.processes.iter().any(|process| !process.ended)
+        self.all || self.processes.iter().any(|process| !process.ended)
     }
 
     /// Waits for at most one tick, and writes what has arrived.
@@ -156,7 +162,10 @@ impl Recorder {
     /// [`Error::System`], [`Error::Map`] and [`Error::Recording`].
     pub fn turn(&mut self) -> Result<(), Error> {
         let ended = self.wait()?;
-        self.drain()?;
+        for pid in self.drain()? {
+            // Without its probes, or its name if it is gone already, its ioctls are recorded still.
+            let _ = self.add(pid);
+        }
         for pid in ended {
             self.programs.remove_target(pid)?;
             self.translator.fds.forget(pid);
@@ -243,15 +252,24 @@ impl Recorder {
         Ok(ended)
     }
 
-    fn drain(&mut self) -> Result<(), Error> {
+    /// Writes what has arrived; gives the processes that it is of and that were not known.
+    fn drain(&mut self) -> Result<Vec<u32>, Error> {
+        let mut strangers = Vec::new();
         while let Some(record) = self.programs.records.next() {
             self.events += 1;
+            if self.all
+                && let Some(pid) = translate::process(&record)
+                && !self.processes.iter().any(|one| one.pid == pid)
+                && self.joined.insert(pid)
+            {
+                strangers.push(pid);
+            }
             self.translator.translate(&record, &mut self.frames);
             for frame in self.frames.drain(..) {
                 self.writer.write(&frame)?;
             }
         }
-        Ok(())
+        Ok(strangers)
     }
 
     fn check_lost(&mut self) -> Result<(), Error> {

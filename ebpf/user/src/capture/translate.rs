@@ -18,6 +18,11 @@ use crate::recording::{
 // high half is the direction and the size, which is that of `struct kvm_device_attr`.
 const DEVICE_ATTR: [u32; 3] = [0x4018_aee1, 0x4018_aee2, 0x4018_aee3];
 
+/// The process that a record is of.
+pub(super) fn process(bytes: &[u8]) -> Option<u32> {
+    read::<Header>(bytes).map(|header| header.tgid)
+}
+
 type Texts = [[u8; TEXT_LEN]; MAX_TEXTS];
 
 /// What has to be remembered to understand a record.

@@ -102,6 +102,7 @@ fn try_all(args: &Args) -> anyhow::Result<Vec<Coverage>> {
     let object = object(args.bpf_object.as_deref())?;
     let options = Options {
         gap_ns: 0,
+        all: false,
         buffer: 4096,
     };
     Ok(Programs::load(&object, options)?.attach()?)

@@ -12,7 +12,7 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 
 use super::{DEFAULT_RECORDING, Outcome};
 use crate::capture::sites::Pattern;
-use crate::capture::{Child, Coverage, Options, Recorder, Summary, object};
+use crate::capture::{self, Child, Coverage, Options, Recorder, Summary, object};
 
 /// Watch virtual machine monitors, and write down what bounds and fills a blackout
 ///
@@ -25,6 +25,14 @@ pub(super) struct Args {
     /// A process to record; may be repeated
     #[arg(short, long = "pid", value_name = "PID")]
     pids: Vec<u32>,
+
+    /// Record the processes of this name, or whose program has this file name; may be repeated
+    #[arg(long = "name", value_name = "NAME")]
+    names: Vec<String>,
+
+    /// Record every process that has a VM, and those that come while the recording goes on
+    #[arg(long)]
+    all: bool,
 
     /// Where to write the recording
     #[arg(short, long, default_value = DEFAULT_RECORDING, value_name = "FILE")]
@@ -64,12 +72,11 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(args: &Args) -> anyhow::Result<Outcome> {
-    if args.pids.is_empty() && args.command.is_empty() {
-        bail!("nothing to record: give --pid PID, or -- COMMAND");
-    }
+    let pids = pids(args)?;
     let object = object(args.bpf_object.as_deref())?;
     let options = Options {
         gap_ns: u64::from(args.gap) * 1000,
+        all: args.all,
         buffer: args.buffer << 20,
     };
     let stop = Arc::new(AtomicBool::new(false));
@@ -78,7 +85,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<Outcome> {
     }
     let mut recorder = Recorder::start(&object, options, args.probes.clone(), &args.output)?;
     let mut sites = 0;
-    for pid in &args.pids {
+    for pid in &pids {
         sites += recorder
             .add(*pid)
             .with_context(|| format!("cannot record process {pid}"))?;
@@ -92,7 +99,8 @@ pub(super) fn run(args: &Args) -> anyhow::Result<Outcome> {
         started.go()?;
         child = Some(started);
     }
-    say_ready(args, recorder.coverage(), sites)?;
+    let processes = pids.len() + usize::from(child.is_some());
+    say_ready(args, recorder.coverage(), (processes, sites))?;
     let end = args.duration.map(|duration| Instant::now() + duration);
     while !stop.load(Ordering::Relaxed)
         && end.is_none_or(|end| Instant::now() < end)
@@ -112,7 +120,31 @@ pub(super) fn run(args: &Args) -> anyhow::Result<Outcome> {
     })
 }
 
-fn say_ready(args: &Args, coverage: &[Coverage], sites: usize) -> anyhow::Result<()> {
+/// The processes that the recording begins with, besides a command's.
+fn pids(args: &Args) -> anyhow::Result<Vec<u32>> {
+    let mut pids = args.pids.clone();
+    for name in &args.names {
+        let named = capture::with_name(name);
+        if named.is_empty() {
+            bail!("no process is called {name}");
+        }
+        pids.extend(named);
+    }
+    if args.all {
+        pids.extend(capture::with_vm());
+    } else if pids.is_empty() && args.command.is_empty() {
+        bail!("nothing to record: give --pid PID, --name NAME, --all, or -- COMMAND");
+    }
+    pids.sort_unstable();
+    pids.dedup();
+    Ok(pids)
+}
+
+fn say_ready(
+    args: &Args,
+    coverage: &[Coverage],
+    (processes, sites): (usize, usize),
+) -> anyhow::Result<()> {
     for covered in coverage.iter().filter(|covered| covered.way.is_none()) {
         let why = covered
             .refused
@@ -120,7 +152,6 @@ fn say_ready(args: &Args, coverage: &[Coverage], sites: usize) -> anyhow::Result
             .map_or("", |refusal| refusal.why.as_str());
         eprintln!("blackout: without {}: {why}", covered.source.name());
     }
-    let processes = args.pids.len() + usize::from(!args.command.is_empty());
     eprintln!(
         "blackout: recording {processes} {}, {sites} probe sites, into {}",
         if processes == 1 {
