@@ -166,7 +166,11 @@ fn the_process_ends_as_it_is_asked_to() -> Result<()> {
         (|_, guest| order(guest, command::RESET), true, "guest-reset"),
     ];
     for (ask, by_guest, reason) in rows {
-        let mut vmm = Vmm::spawn(&VmmOptions::default())?;
+        let options = VmmOptions {
+            extra: vec!["--no-reboot".into()],
+            ..VmmOptions::default()
+        };
+        let mut vmm = Vmm::spawn(&options)?;
         let guest = GuestView::open(vmm.pid())?;
         guest.wait_ready(LIMIT)?;
         ask(&mut vmm, &guest).context(reason)?;

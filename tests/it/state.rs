@@ -77,6 +77,7 @@ fn machine(boots: bool) -> Result<Machine> {
     let config = Config {
         ram_size: 32 << 20,
         vcpus: 2,
+        incoming: false,
         program: boots
             .then(programs::guest)
             .transpose()?

@@ -31,6 +31,12 @@ pub fn has_qemu() -> bool {
     env::split_paths(&path).any(|folder| folder.join(qemu()).is_file())
 }
 
+/// The folder of Linux guests, kernels and an initramfs: `BLACKOUT_LINUX`, where there is a KVM that
+/// boots them.
+pub fn linux() -> Option<PathBuf> {
+    env::var_os("BLACKOUT_LINUX").map(PathBuf::from)
+}
+
 fn find(variable: &str) -> Result<PathBuf> {
     let path = env::var_os(variable).with_context(|| {
         format!("{variable} is not set: `cargo xtask test` builds the programs and sets it")

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail};
 use tempfile::TempDir;
 
-use crate::{Qmp, programs};
+use crate::{Qmp, Shell, programs};
 
 /// How long a monitor may take until its QMP socket answers.
 const START: Duration = Duration::from_secs(30);
@@ -23,7 +23,10 @@ pub struct VmmOptions {
     pub cpus: u32,
     /// `--cmdline`: the guest's words.
     pub cmdline: String,
-    /// `--incoming`: with it there is no payload.
+    /// `--kernel`: the name of a file in the folder of Linux guests, whose initramfs goes with it and
+    /// whose console then is a socket. Without it the guest is the bare-metal one.
+    pub linux: Option<String>,
+    /// `--incoming`: with it there is no program.
     pub incoming: Option<String>,
     /// Further arguments.
     pub extra: Vec<String>,
@@ -35,6 +38,7 @@ impl Default for VmmOptions {
             memory: "128M".into(),
             cpus: 1,
             cmdline: String::new(),
+            linux: None,
             incoming: None,
             extra: Vec::new(),
         }
@@ -102,6 +106,11 @@ impl Vmm {
         self.dir.path().to_owned()
     }
 
+    /// The shell of a Linux guest.
+    pub fn shell(&self) -> Result<Shell> {
+        Shell::connect(&self.dir.path().join("console"))
+    }
+
     /// What the guest wrote to its console.
     pub fn console(&self) -> String {
         self.text("console")
@@ -149,17 +158,40 @@ fn blackout(options: &VmmOptions, dir: &TempDir) -> Result<Command> {
         .args(["--memory", &options.memory])
         .args(["--cpus", &options.cpus.to_string()])
         .args(["--qmp", &format!("unix:{}", file("qmp"))])
-        .args(["--serial", &format!("file:{}", file("console"))])
         .args(&options.extra);
-    match &options.incoming {
-        Some(uri) => command.args(["--incoming", uri]),
-        None => command
+    let kind = if options.linux.is_some() {
+        "unix"
+    } else {
+        "file"
+    };
+    command.args(["--serial", &format!("{kind}:{}", file("console"))]);
+    match (&options.incoming, &options.linux) {
+        (Some(uri), _) => command.args(["--incoming", uri]),
+        (None, Some(kernel)) => {
+            let folder = programs::linux().context("there are no Linux guests here")?;
+            // Each character on the console costs an exit.
+            let cmdline = format!("console={CONSOLE} quiet panic=-1 {}", options.cmdline);
+            command
+                .arg("--kernel")
+                .arg(folder.join(kernel))
+                .arg("--initrd")
+                .arg(folder.join("initramfs"))
+                .args(["--cmdline", &cmdline])
+        }
+        (None, None) => command
             .arg("--payload")
             .arg(programs::guest()?)
             .args(["--cmdline", &options.cmdline]),
     };
     Ok(command)
 }
+
+/// What Linux calls the serial port.
+const CONSOLE: &str = if cfg!(target_arch = "aarch64") {
+    "ttyAMA0"
+} else {
+    "ttyS0"
+};
 
 /// What QEMU needs to run the bare-metal guest with KVM and to be looked into from outside.
 fn qemu(options: &VmmOptions, dir: &TempDir) -> Result<Command> {

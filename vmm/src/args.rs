@@ -44,6 +44,10 @@ pub(crate) struct Args {
     #[arg(long, value_name = "TEXT", default_value = "", value_parser = cmdline, help_heading = "Guest")]
     pub(crate) cmdline: String,
 
+    /// End when the guest resets instead of booting it again
+    #[arg(long, help_heading = "Guest")]
+    pub(crate) no_reboot: bool,
+
     /// Guest RAM, as 128M or 4G
     #[arg(
         long,
@@ -129,8 +133,12 @@ impl Args {
     }
 }
 
-const EXIT_STATUS: &str = "Exit status: 0 when the guest shut down or the monitor was told to \
-quit, 1 when something failed, 2 when the command line is wrong.";
+const EXIT_STATUS: &str = "A migration's destination needs neither --payload nor --kernel; given \
+one, it boots it when the guest resets, and ends then otherwise.
+
+Exit status: 0 when the guest shut down, reset and was not to boot again, or the monitor was told to \
+quit by QMP or a signal; 1 when something failed; 2 when the command line is wrong. QMP's SHUTDOWN \
+event says which it was.";
 
 /// Parses the command line, or ends the process: with help on stdout, or with one line that says
 /// what is wrong and status 2.

@@ -6,7 +6,7 @@
 
 use std::io;
 
-use crate::machine::Machine;
+use crate::machine::{Machine, ResetError};
 use crate::probes::{self, Errno, Guarded};
 use crate::runstate::{Event, HandlerError, IllegalTransition, RunState};
 
@@ -23,6 +23,9 @@ pub enum Error {
     /// Something that only one monitor may have, such as a disk's image, is somebody else's.
     #[error("another process uses a disk of this guest")]
     Claim(#[source] io::Error),
+    /// The machine can't boot again.
+    #[error("reset")]
+    Reset(#[from] ResetError),
     /// Output that was under way could not be finished.
     #[error("drain")]
     Drain(#[source] io::Error),
@@ -33,6 +36,7 @@ impl Errno for Error {
         match self {
             Error::State(_) => libc::EINVAL,
             Error::Handler(error) => error.errno(),
+            Error::Reset(error) => error.errno(),
             Error::Drain(error) | Error::Claim(error) => error.errno(),
         }
     }
@@ -93,6 +97,51 @@ pub fn vm_start(machine: &mut Machine) -> Result<(), Error> {
         machine.emit(Event::Resume);
         Ok(())
     })
+}
+
+/// Makes the machine boot again, from whatever state it is in but one in which the guest is, or may
+/// be, another process's. A VM that ran goes on running, one that did not waits for `cont`.
+///
+/// # Errors
+/// When the state does not allow it or there is nothing to boot: nothing happened. When something
+/// fails on the way: the VM is [`RunState::InternalError`].
+pub fn system_reset(machine: &mut Machine, guest: bool, reason: &'static str) -> Result<(), Error> {
+    let was_running = machine.run_state().is_running();
+    if !was_running {
+        machine.run_state().change(RunState::Prelaunch)?;
+    }
+    if !machine.can_reset() {
+        return Err(ResetError::NoProgram.into());
+    }
+    if was_running {
+        machine.vcpus.pause_all_vcpus();
+        let stopped = machine.handlers.vm_state_notify(false, RunState::Paused);
+        if let Err(error) = stopped {
+            // What a handler could not write down is about to be forgotten.
+            tracing::warn!(%error, "on the way to a reset");
+        }
+    }
+    let done = boot_again(machine, was_running);
+    match &done {
+        Ok(()) => machine.emit(Event::Reset { guest, reason }),
+        Err(_) => {
+            machine.set_state(RunState::InternalError)?;
+            machine.emit(Event::Stop);
+        }
+    }
+    done
+}
+
+fn boot_again(machine: &mut Machine, run: bool) -> Result<(), Error> {
+    machine.reset()?;
+    if run {
+        let running = RunState::Running;
+        machine.handlers.vm_state_notify(true, running)?;
+        machine.vcpus.resume_all_vcpus();
+        Ok(())
+    } else {
+        Ok(machine.set_state(RunState::Prelaunch)?)
+    }
 }
 
 /// Waits for the I/O that the guest has started.

@@ -1,6 +1,8 @@
 //! What a VM is: its memory, its vCPUs, its devices, and the list of those that must be told when
 //! it starts and stops.
 
+mod reset;
+
 use std::ffi::CString;
 use std::io;
 use std::ops::Range;
@@ -25,6 +27,9 @@ use crate::payload::Program;
 use crate::probes::{self, Errno};
 use crate::runstate::{Event, EventSender, IllegalTransition, NotifyList, Request, RunState};
 use crate::vcpu::{Buses, Vcpus};
+use reset::Boot;
+
+pub use reset::Error as ResetError;
 
 /// The machine behind its lock, QEMU's big lock: whoever starts, stops or saves it holds this.
 pub type SharedMachine = Arc<Mutex<Machine>>;
@@ -35,8 +40,10 @@ pub struct Config {
     pub ram_size: u64,
     /// vCPUs.
     pub vcpus: u32,
-    /// What to boot; nothing on a destination, whose program comes with the RAM.
+    /// What to boot.
     pub program: Option<Program>,
+    /// Whether a migration brings what runs first; the program then is for resets only.
+    pub incoming: bool,
     /// The guest's command line.
     pub cmdline: String,
     /// Where the guest's console output goes.
@@ -87,6 +94,9 @@ pub enum Error {
     /// A device's place on the bus, its interrupts or its thread.
     #[error(transparent)]
     Virtio(#[from] virtio::Error),
+    /// The state at power-on can't be noted.
+    #[error("the state at power-on")]
+    PowerOn(#[from] ResetError),
     /// The vCPUs' threads.
     #[error("vCPU threads")]
     Threads(#[source] io::Error),
@@ -102,6 +112,7 @@ impl Errno for Error {
             Error::Net(error) => error.source.errno(),
             Error::Console(_) => libc::EINVAL,
             Error::Virtio(error) => error.errno(),
+            Error::PowerOn(source) => source.errno(),
             Error::Threads(source) | Error::Vsock(source) => source.errno(),
         }
     }
@@ -114,6 +125,7 @@ pub struct Machine {
     pub(crate) board: arch::Board,
     pci: SharedRoot,
     devices: Vec<Box<dyn DeviceState>>,
+    boot: Option<Boot>,
     irqchip: arch::Irqchip,
     state: RunState,
     autostart: bool,
@@ -139,18 +151,6 @@ impl Machine {
         let mut irqchip = arch::Irqchip::create(&vm, config.vcpus)?;
         let vcpus = create_vcpus(&vm, config.vcpus)?;
         irqchip.init(&vcpus)?;
-        if let Some(program) = &config.program {
-            let boot = arch::BootParams {
-                vcpus: config.vcpus,
-                cmdline: &config.cmdline,
-            };
-            let entry = arch::load(&ram, program, &boot)?;
-            if let Some(first) = vcpus.first() {
-                let mut first = first.lock().unwrap_or_else(PoisonError::into_inner);
-                arch::set_entry(&mut first, &entry)?;
-            }
-        }
-
         let board = arch::Board::new(&vm, config.console, requests)?;
         let pci = pci(&vm, &ram, &config.pci)?;
         let buses = buses(&board, &pci);
@@ -170,6 +170,13 @@ impl Machine {
         }
         devices.extend(irqchip.devices());
         devices.extend(board.devices());
+        let boot = match config.program {
+            Some(program) => Boot::new(program, config.cmdline, &vcpus, &mut devices)?,
+            None => None,
+        };
+        if let Some(boot) = boot.as_ref().filter(|_| !config.incoming) {
+            boot.load(&ram)?;
+        }
         for slot in slots {
             devices.push(Box::new(FunctionState::new(&pci, slot)));
         }
@@ -184,6 +191,7 @@ impl Machine {
             board,
             pci,
             devices,
+            boot,
             irqchip,
             state,
             autostart: true,
@@ -266,6 +274,16 @@ impl Machine {
     /// Gives that up, because the guest is about to be a migration's destination's.
     pub fn release(&self) {
         lock(&self.pci).release();
+    }
+
+    /// Presses the power button: what the guest makes of it is its business.
+    ///
+    /// # Errors
+    /// When the host can't; nothing was pressed then.
+    pub fn system_powerdown(&self) -> io::Result<()> {
+        self.board.press_power_button()?;
+        self.emit(Event::Powerdown);
+        Ok(())
     }
 
     /// Tells whoever watches.

@@ -10,7 +10,7 @@ use std::sync::mpsc::{self, Receiver};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, Result};
-use vmm::control::{vm_start, vm_stop};
+use vmm::control::{system_reset, vm_start, vm_stop};
 use vmm::machine::{Config, Machine, PciDevices, SharedMachine};
 use vmm::migration::{Migrations, Parameters};
 use vmm::qmp::{Hub, Monitor, Server};
@@ -39,7 +39,8 @@ fn run(args: Args) -> Result<()> {
     let config = Config {
         ram_size: args.memory.0,
         vcpus: args.cpus,
-        program: args.program().filter(|_| args.incoming.is_none()),
+        program: args.program(),
+        incoming: args.incoming.is_some(),
         cmdline: args.cmdline,
         console: output,
         pci: PciDevices {
@@ -82,17 +83,25 @@ fn run(args: Args) -> Result<()> {
     if args.incoming.is_none() && !args.paused {
         vm_start(&mut lock(&machine))?;
     }
-    main_loop(&machine, &requests);
+    main_loop(&machine, &requests, !args.no_reboot);
     Ok(())
 }
 
-/// Serves the machine until it is to end.
-fn main_loop(machine: &SharedMachine, requests: &Receiver<Request>) {
+/// Serves the machine until it is to end. A guest that resets boots again, if it is to (`reboot`) and
+/// can.
+fn main_loop(machine: &SharedMachine, requests: &Receiver<Request>, reboot: bool) {
     for request in requests {
         match request {
             Request::Shutdown => return end(machine, true, "guest-shutdown"),
-            // A machine can't be reset yet: the guest's wish ends it, as under QEMU's -no-reboot.
-            Request::Reset => return end(machine, true, "guest-reset"),
+            Request::Reset => {
+                let reason = "guest-reset";
+                if !reboot || !lock(machine).can_reset() {
+                    return end(machine, true, reason);
+                }
+                if let Err(error) = system_reset(&mut lock(machine), true, reason) {
+                    tracing::error!("{:#}", anyhow::Error::from(error));
+                }
+            }
             Request::Quit => return end(machine, false, "host-qmp-quit"),
             Request::Signal => return end(machine, false, "host-signal"),
             Request::InternalError(why) => {

@@ -1,6 +1,7 @@
 //! `cargo xtask test`: unit tests, then the integration tests on this machine and in the testbed.
 
 use std::env;
+use std::env::consts::ARCH;
 use std::fmt;
 use std::process::Command;
 use std::time::Duration;
@@ -54,6 +55,8 @@ enum Part {
     Host,
     /// The same tests in the arm64 testbed.
     Testbed,
+    /// The tests with Linux guests in the x86-64 testbed: few development machines' KVM boots Linux.
+    Nested,
 }
 
 /// Runs the verb. The last line is the sum: `N passed, N failed, N skipped`.
@@ -71,6 +74,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
             Part::Unit => unit_tests(arguments, &mut tally)?,
             Part::Host => host_tests(arguments, &mut tally)?,
             Part::Testbed => testbed_tests(arguments, &mut tally)?,
+            Part::Nested => nested_tests(arguments, &mut tally)?,
         }
     }
     println!("{tally}");
@@ -110,21 +114,46 @@ fn host_tests(arguments: &Arguments, tally: &mut Tally) -> Result<()> {
 
 fn testbed_tests(arguments: &Arguments, tally: &mut Tally) -> Result<()> {
     println!("== integration tests in the testbed");
+    let kernel = Package::testbed(arguments.kernel, Arch::Aarch64);
+    in_testbed(kernel, arguments, libtest_arguments(arguments), tally)
+}
+
+fn nested_tests(arguments: &Arguments, tally: &mut Tally) -> Result<()> {
+    println!("== tests with Linux guests in the x86-64 testbed");
+    if ARCH != "x86_64" {
+        println!("SKIP: only x86-64 machines build for it");
+        return Ok(());
+    }
+    // Whatever is asked for by name may be run there, too.
+    let mut libtest = libtest_arguments(arguments);
+    if arguments.filters.is_empty() {
+        libtest.push("linux::".to_owned());
+    }
+    let kernel = Package::testbed(Series::V6_12, Arch::X86_64);
+    in_testbed(kernel, arguments, libtest, tally)
+}
+
+fn in_testbed(
+    kernel: Package,
+    arguments: &Arguments,
+    libtest: Vec<String>,
+    tally: &mut Tally,
+) -> Result<()> {
+    let platform = Platform::of_testbed(kernel.arch)?;
     let mut testbed = Testbed::new(
-        Kernel::find(Package::testbed(arguments.kernel, Arch::Aarch64))?,
-        "test",
+        Kernel::find(kernel)?,
+        &format!("test-{}", kernel.arch.rust()),
     )
-    .programs(&artifacts::build(Platform::Testbed)?)
-    .shared(&linux::prepare(Arch::Aarch64)?, "linux")?
+    .programs(&artifacts::build(platform)?)
+    .shared(&linux::prepare(kernel.arch)?, "linux")?
     .env(linux::VARIABLE, "/share/linux")
     .env("BLACKOUT_SLOW", slow(arguments));
-    for (name, program) in artifacts::build_tests(Platform::Testbed)? {
+    for (name, program) in artifacts::build_tests(platform)? {
         testbed = testbed.file(program, format!("/tests/{name}"));
     }
     let every_program =
         r#"failed=0; for test in /tests/*; do "$test" "$@" || failed=1; done; exit $failed"#;
     let mut program = vec!["sh", "-c", every_program, "sh"];
-    let libtest = libtest_arguments(arguments);
     program.extend(libtest.iter().map(String::as_str));
     let before = tally.clone();
     let ended = testbed.run(&program, TIMEOUT, |line| {

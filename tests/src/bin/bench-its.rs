@@ -155,6 +155,7 @@ impl Guest {
         let config = Config {
             ram_size: arguments.memory << 20,
             vcpus: arguments.cpus,
+            incoming: false,
             program: payload.map(Program::Payload),
             cmdline,
             console: Box::new(io::sink()),

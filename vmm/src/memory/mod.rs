@@ -22,7 +22,7 @@ use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MmapAdvise, madvise};
 use nix::unistd::{Whence, lseek};
-use vm_memory::bitmap::AtomicBitmap;
+use vm_memory::bitmap::{AtomicBitmap, Bitmap};
 use vm_memory::mmap::FromRangesError;
 use vm_memory::{
     Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap,
@@ -250,6 +250,19 @@ impl GuestRam {
             punch(region.file_offset(), offset.0, len)
                 .map_err(|source| Error::Zero(gpa, len, source))?;
             (gpa, left) = (gpa.wrapping_add(len), left - len);
+        }
+        Ok(())
+    }
+
+    /// Zeroes all RAM, as if it was never written; the log has it as written.
+    pub fn clear(&self) -> Result<(), Error> {
+        for (gpa, size) in self.regions() {
+            let pages = size / PAGE_SIZE;
+            self.zero(PageRun { gpa, pages })?;
+        }
+        for region in self.mem.iter() {
+            let len = usize::try_from(region.len()).unwrap_or(usize::MAX);
+            region.get_mmap().bitmap().mark_dirty(0, len);
         }
         Ok(())
     }

@@ -45,6 +45,18 @@ pub trait Backend: Send + Sync {
     /// The migration that is under way, or the last one.
     fn query_migrate(&self) -> QueryMigrate;
 
+    /// Makes the machine boot again.
+    ///
+    /// # Errors
+    /// When its state does not allow it, or it can't.
+    fn system_reset(&self) -> Result<(), Error>;
+
+    /// Presses the power button.
+    ///
+    /// # Errors
+    /// When the host can't.
+    fn system_powerdown(&self) -> Result<(), Error>;
+
     /// Ends the process, soon.
     fn quit(&self);
 }
@@ -94,6 +106,8 @@ pub(super) const VERBS: &[Verb] = &[
     verb(c"query-version", query_version),
     verb(c"quit", quit),
     verb(c"stop", stop),
+    verb(c"system_powerdown", system_powerdown),
+    verb(c"system_reset", system_reset),
 ];
 
 /// The verb called `name`.
@@ -197,6 +211,18 @@ fn cont(context: &mut Context<'_>, arguments: Arguments) -> Answer {
 fn quit(context: &mut Context<'_>, arguments: Arguments) -> Answer {
     arguments.finish()?;
     context.quit = true;
+    done()
+}
+
+fn system_powerdown(context: &mut Context<'_>, arguments: Arguments) -> Answer {
+    arguments.finish()?;
+    context.backend.system_powerdown()?;
+    done()
+}
+
+fn system_reset(context: &mut Context<'_>, arguments: Arguments) -> Answer {
+    arguments.finish()?;
+    context.backend.system_reset()?;
     done()
 }
 

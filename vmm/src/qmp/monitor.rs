@@ -5,7 +5,7 @@ use std::sync::{MutexGuard, PoisonError};
 
 use super::commands::{Backend, Change};
 use super::wire::Error;
-use crate::control::{vm_start, vm_stop};
+use crate::control::{system_reset, vm_start, vm_stop};
 use crate::machine::{Machine, SharedMachine};
 use crate::migration::Migrations;
 use crate::migration::status::QueryMigrate;
@@ -63,6 +63,15 @@ impl Backend for Monitor {
 
     fn query_migrate(&self) -> QueryMigrate {
         self.migrations.query()
+    }
+
+    fn system_reset(&self) -> Result<(), Error> {
+        let reason = "host-qmp-system-reset";
+        Ok(system_reset(&mut self.machine(), false, reason)?)
+    }
+
+    fn system_powerdown(&self) -> Result<(), Error> {
+        self.machine().system_powerdown().map_err(Error::Powerdown)
     }
 
     fn quit(&self) {

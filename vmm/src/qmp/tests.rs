@@ -58,6 +58,21 @@ impl Backend for Fake {
         Ok(())
     }
 
+    fn system_reset(&self) -> Result<(), Error> {
+        self.call("system_reset");
+        self.events.send(Event::Reset {
+            guest: false,
+            reason: "host-qmp-system-reset",
+        });
+        Ok(())
+    }
+
+    fn system_powerdown(&self) -> Result<(), Error> {
+        self.call("system_powerdown");
+        self.events.send(Event::Powerdown);
+        Ok(())
+    }
+
     fn migrate(&self, uri: &str) -> Result<(), Error> {
         self.call(&format!("migrate {uri}"));
         Ok(())

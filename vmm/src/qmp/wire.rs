@@ -56,7 +56,10 @@ pub enum Error {
     /// What was asked for can't be done in the state that the VM is in.
     #[error("{0}")]
     State(&'static str),
-    /// The VM could not be stopped or started.
+    /// The power button could not be pressed.
+    #[error("the power button can't be pressed: {0}")]
+    Powerdown(#[source] std::io::Error),
+    /// The VM could not be stopped, started or reset.
     #[error(transparent)]
     Control(#[from] control::Error),
     /// The migration could not be begun.
@@ -197,10 +200,9 @@ pub(super) fn event(at: SystemTime, event: &Event) -> Vec<u8> {
         Event::Stop => ("STOP", None),
         Event::Resume => ("RESUME", None),
         Event::Migration(status) => ("MIGRATION", Some(json!({ "status": status }))),
-        Event::Shutdown { guest, reason } => (
-            "SHUTDOWN",
-            Some(json!({ "guest": guest, "reason": reason })),
-        ),
+        Event::Reset { guest, reason } => ("RESET", Some(cause(*guest, reason))),
+        Event::Powerdown => ("POWERDOWN", None),
+        Event::Shutdown { guest, reason } => ("SHUTDOWN", Some(cause(*guest, reason))),
     };
     line(&Message {
         timestamp: Timestamp {
@@ -210,6 +212,11 @@ pub(super) fn event(at: SystemTime, event: &Event) -> Vec<u8> {
         event,
         data,
     })
+}
+
+/// Who ended or reset the machine, and why.
+fn cause(guest: bool, reason: &str) -> Value {
+    json!({ "guest": guest, "reason": reason })
 }
 
 /// One line, spaced as QEMU spaces it: people and scripts look for `"return": {}`.

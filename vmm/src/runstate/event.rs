@@ -78,6 +78,15 @@ pub enum Event {
     Resume,
     /// `MIGRATION`: the migration's status changed; QEMU's `MigrationStatus`.
     Migration(&'static str),
+    /// `RESET`: the machine boots again.
+    Reset {
+        /// Whether the guest asked for it.
+        guest: bool,
+        /// QEMU's `ShutdownCause`: `guest-reset`, `host-qmp-system-reset`.
+        reason: &'static str,
+    },
+    /// `POWERDOWN`: the power button was pressed.
+    Powerdown,
     /// `SHUTDOWN`.
     Shutdown {
         /// Whether the guest asked for it.

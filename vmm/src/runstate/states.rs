@@ -32,6 +32,7 @@ const TRANSITIONS: &[(RunState, RunState)] = &[
     (Prelaunch, Running),
     (Prelaunch, Inmigrate),
     (Prelaunch, FinishMigrate),
+    (Prelaunch, InternalError),
     (Inmigrate, Running),
     (Inmigrate, Paused),
     (Inmigrate, Shutdown),
@@ -42,6 +43,8 @@ const TRANSITIONS: &[(RunState, RunState)] = &[
     (Running, Shutdown),
     (Running, InternalError),
     (Paused, Running),
+    (Paused, Prelaunch),
+    (Paused, InternalError),
     (Paused, FinishMigrate),
     (Paused, Postmigrate),
     (FinishMigrate, Postmigrate),
@@ -54,8 +57,11 @@ const TRANSITIONS: &[(RunState, RunState)] = &[
     (Postmigrate, Paused),
     (Postmigrate, FinishMigrate),
     (Shutdown, Paused),
+    (Shutdown, Prelaunch),
+    (Shutdown, InternalError),
     (Shutdown, FinishMigrate),
     (InternalError, Paused),
+    (InternalError, Prelaunch),
     (InternalError, FinishMigrate),
 ];
 

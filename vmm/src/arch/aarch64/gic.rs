@@ -56,6 +56,11 @@ impl Gic {
         self.device.set(KVM_DEV_ARM_VGIC_GRP_CTRL, save, 0u64)
     }
 
+    /// Makes room for a state: see [`GicState::clear`].
+    pub(super) fn reset(&self) -> Result<(), kvm::Error> {
+        self.state().clear()
+    }
+
     /// The part that the stop path calls.
     pub(super) fn handler(&self) -> Handler {
         Handler {

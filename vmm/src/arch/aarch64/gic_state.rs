@@ -40,6 +40,7 @@ mod gicd {
     pub(super) const ICENABLER: u64 = 0x180;
     pub(super) const ISPENDR: u64 = 0x200;
     pub(super) const ISACTIVER: u64 = 0x300;
+    pub(super) const ICACTIVER: u64 = 0x380;
     pub(super) const IPRIORITYR: u64 = 0x400;
     pub(super) const ICFGR: u64 = 0xc00;
     pub(super) const IROUTER: u64 = 0x6000;
@@ -145,6 +146,23 @@ impl GicState {
     /// The state of an initialised GIC.
     pub(super) fn new(device: Arc<Device>, affinities: Vec<u64>) -> Self {
         GicState { device, affinities }
+    }
+
+    /// Turns everything off. A state is loaded by registers of which some only add to what there is,
+    /// and the LPI tables can't be moved while they are in use.
+    pub(super) fn clear(&self) -> Result<(), kvm::Error> {
+        for &affinity in &self.affinities {
+            self.set(in_redistributor(affinity, gicr::CTLR), 0)?;
+            for offset in [gicd::ICENABLER, gicd::ICACTIVER] {
+                self.set(in_redistributor(affinity, SGI + offset), u32::MAX)?;
+            }
+        }
+        for word in u64::from(PRIVATE / 32)..u64::from(IRQS / 32) {
+            for offset in [gicd::ICENABLER, gicd::ICACTIVER] {
+                self.set(distributor(offset + 4 * word), u32::MAX)?;
+            }
+        }
+        Ok(())
     }
 
     fn save_redistributor(&self, affinity: u64) -> Result<Redistributor, kvm::Error> {

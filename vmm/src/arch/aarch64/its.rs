@@ -7,9 +7,10 @@ use std::ffi::CStr;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use kvm_bindings::{
-    KVM_DEV_ARM_ITS_RESTORE_TABLES, KVM_DEV_ARM_ITS_SAVE_TABLES, KVM_DEV_ARM_VGIC_CTRL_INIT,
-    KVM_DEV_ARM_VGIC_GRP_ADDR, KVM_DEV_ARM_VGIC_GRP_CTRL, KVM_DEV_ARM_VGIC_GRP_ITS_REGS,
-    KVM_VGIC_ITS_ADDR_TYPE, kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_ITS,
+    KVM_DEV_ARM_ITS_CTRL_RESET, KVM_DEV_ARM_ITS_RESTORE_TABLES, KVM_DEV_ARM_ITS_SAVE_TABLES,
+    KVM_DEV_ARM_VGIC_CTRL_INIT, KVM_DEV_ARM_VGIC_GRP_ADDR, KVM_DEV_ARM_VGIC_GRP_CTRL,
+    KVM_DEV_ARM_VGIC_GRP_ITS_REGS, KVM_VGIC_ITS_ADDR_TYPE,
+    kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_ITS,
 };
 use serde::{Deserialize, Serialize};
 
@@ -68,6 +69,12 @@ impl Its {
             }
         }
         Ok(())
+    }
+
+    /// `KVM_DEV_ARM_ITS_CTRL_RESET`: forgets what is mapped, and turns the ITS off.
+    pub(super) fn reset(&self) -> Result<(), kvm::Error> {
+        let reset = u64::from(KVM_DEV_ARM_ITS_CTRL_RESET);
+        self.device.set(KVM_DEV_ARM_VGIC_GRP_CTRL, reset, 0u64)
     }
 
     /// `KVM_DEV_ARM_ITS_SAVE_TABLES`, without spans.

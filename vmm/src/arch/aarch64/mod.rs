@@ -122,6 +122,13 @@ impl Irqchip {
         Ok(())
     }
 
+    /// Takes back what loading a state does not: LPIs and what the ITS maps, interrupts that are on or
+    /// active. No vCPU runs.
+    pub fn reset(&self) -> Result<(), Error> {
+        self.its.reset()?;
+        Ok(self.gic.reset()?)
+    }
+
     /// What must be done when the VM starts and stops: on a stop first the ITS's tables, then the
     /// pending LPIs; the counter stops before both, in its `prepare`.
     pub fn handlers(&self, _vcpus: &[Arc<Mutex<Vcpu>>]) -> Vec<Box<dyn StateHandler>> {

@@ -42,6 +42,11 @@ impl Irqchip {
         Ok(())
     }
 
+    /// Nothing is left of what a guest did once a state was loaded.
+    pub fn reset(&self) -> Result<(), Error> {
+        Ok(())
+    }
+
     /// What must be told when the VM starts and stops; `vcpus` are all that it has.
     pub fn handlers(&self, vcpus: &[Arc<Mutex<Vcpu>>]) -> Vec<Box<dyn StateHandler>> {
         vec![
