@@ -1,13 +1,15 @@
 //! What the program `blackout` is made of; a library so that tests and tools can use it.
 //!
-//! Imports go one way: [`cli`] → [`report`], [`export`] → [`analysis`] → [`recording`] →
-//! `blackout-abi`. [`usdt`] stands by itself.
+//! Imports go one way: [`cli`] → [`gate`] → [`sets`] → [`report`], [`export`] → [`analysis`] →
+//! [`recording`] → `blackout-abi`. [`usdt`] and [`stats`] stand by themselves.
 
 pub mod analysis;
 pub mod capture;
 pub mod cli;
 pub mod export;
+pub mod gate;
 pub mod recording;
 pub mod report;
+pub mod sets;
 pub mod stats;
 pub mod usdt;

@@ -22,6 +22,16 @@ pub fn span(span: &Span) -> String {
     )
 }
 
+/// What a span is called in every migration: its name with what tells it from others of that name,
+/// but nothing that varies from one migration to the next. Empty if the name alone does.
+pub fn label(span: &Span) -> String {
+    let words = words(&span.begin, &["name", "phase", "its", "group", "attr"]);
+    if words.is_empty() {
+        return String::new();
+    }
+    format!("{}{words}", span.name())
+}
+
 /// A span's arguments from both ends, without its result.
 pub fn detail(span: &Span) -> String {
     let mut text = words(&span.begin, &SHOWN);

@@ -23,7 +23,7 @@ use super::wire::Segment;
 
 /// Spans that are the migration itself, or a client's command: that one of them is open says
 /// nothing of where the time goes, even if nothing was seen inside.
-const WHOLES: [&str; 4] = [
+pub const WHOLES: [&str; 4] = [
     "qmp_command",
     "migrate",
     "migrate_incoming",

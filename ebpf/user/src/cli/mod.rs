@@ -1,8 +1,10 @@
 //! The command line: one file a verb, each with its arguments and one function `run`.
 
+mod check;
 mod doctor;
 mod export;
 mod list;
+mod print;
 mod record;
 mod report;
 
@@ -29,6 +31,7 @@ const EXIT_CODES: &str = "\
 Exit codes:
   0  done
   1  done, and the answer is a bad one (--strict: events were lost, or a figure is in doubt)
+  2  done, and the answer needs more runs (check, bench)
   3  could not run: bad arguments, an unreadable file, a missing right";
 
 #[derive(Debug, Subcommand)]
@@ -36,17 +39,20 @@ enum Verb {
     Record(record::Args),
     Report(report::Args),
     Export(export::Args),
+    Check(check::Args),
     List(list::Args),
     Doctor(doctor::Args),
 }
 
-/// How a verb ended, as the shell sees it. Code 2 is left to verdicts that stay open.
+/// How a verb ended, as the shell sees it.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub enum Outcome {
     /// Done.
     Done,
     /// Done, and the answer is one that a script should stop at.
     Bad,
+    /// Done, and the answer needs more runs.
+    Open,
     /// Could not run.
     CannotRun,
 }
@@ -56,6 +62,7 @@ impl From<Outcome> for ExitCode {
         match outcome {
             Outcome::Done => Self::SUCCESS,
             Outcome::Bad => Self::from(1),
+            Outcome::Open => Self::from(2),
             Outcome::CannotRun => Self::from(3),
         }
     }
@@ -70,6 +77,7 @@ pub fn run(cli: Cli) -> anyhow::Result<Outcome> {
         Verb::Record(args) => record::run(&args),
         Verb::Report(args) => report::run(&args),
         Verb::Export(args) => export::run(&args),
+        Verb::Check(args) => check::run(&args),
         Verb::List(args) => list::run(&args),
         Verb::Doctor(args) => doctor::run(&args),
     }

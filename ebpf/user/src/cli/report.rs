@@ -1,15 +1,17 @@
 //! `blackout report`.
 
-use std::io::{self, BufWriter, Write};
 use std::path::PathBuf;
 
 use anyhow::Context;
 
+use super::print::{json, print};
 use super::{DEFAULT_RECORDING, Outcome};
-use crate::analysis::{self, Loaded, Migration};
+use crate::analysis::{self, Loaded};
 use crate::recording::{self, Ending, Reader};
 use crate::report::schema::Report;
 use crate::report::text;
+use crate::sets::collect::Collector;
+use crate::sets::{self, read};
 
 /// Say how long the guest ran nowhere, and which layer took the time
 ///
@@ -30,6 +32,20 @@ pub(super) struct Args {
     #[arg(long)]
     json: bool,
 
+    /// Sum many migrations up: percentiles and histograms of each span, what costs most, table saves
+    /// over devices and events. Files may also be reports, samples and folders of them, as for
+    /// `blackout check`; with --json, writes schema blackout.samples/1, a baseline for it
+    #[arg(long, conflicts_with = "migration")]
+    summary: bool,
+
+    /// With --summary --json: the revision that was measured, to be kept with the samples
+    #[arg(long, requires = "summary", value_name = "NAME")]
+    commit: Option<String>,
+
+    /// With --summary: count migrations whose figures are in doubt
+    #[arg(long, requires = "summary")]
+    doubtful: bool,
+
     /// Show only the migration with this id
     #[arg(long, value_name = "ID")]
     migration: Option<u64>,
@@ -41,19 +57,20 @@ pub(super) struct Args {
 }
 
 pub(super) fn run(args: &Args) -> anyhow::Result<Outcome> {
+    if args.summary {
+        return summary(args);
+    }
     let recordings = read_all(&args.recordings)?;
     let mut migrations = analysis::find(&recordings);
     migrations.retain(|migration| args.migration.is_none() || migration.id == args.migration);
-    let written = if args.json {
-        json(&migrations)
-    } else {
-        plain(&recordings, &migrations)
-    };
-    match written {
-        // A reader that has seen enough (`| head`) is no failure.
-        Err(error) if error.kind() == io::ErrorKind::BrokenPipe => {}
-        written => written.context("cannot write the report")?,
-    }
+    print(|out| {
+        if args.json {
+            json(out, &Report::new(&migrations))
+        } else {
+            text::write(out, &recordings, &migrations)
+        }
+    })
+    .context("cannot write the report")?;
     let doubtful = migrations.is_empty()
         || recordings
             .iter()
@@ -76,16 +93,22 @@ pub(super) fn read_all(paths: &[PathBuf]) -> Result<Vec<Loaded>, recording::Erro
         .collect()
 }
 
-fn json(migrations: &[Migration<'_>]) -> io::Result<()> {
-    let mut out = BufWriter::new(io::stdout().lock());
-    serde_json::to_writer_pretty(&mut out, &Report::new(migrations))?;
-    writeln!(out)?;
-    out.flush()
-}
-
-fn plain(recordings: &[Loaded], migrations: &[Migration<'_>]) -> io::Result<()> {
-    // Colours stay away from pipes and from those who set NO_COLOR.
-    let mut out = BufWriter::new(anstream::AutoStream::auto(io::stdout()).lock());
-    text::write(&mut out, recordings, migrations)?;
-    out.flush()
+fn summary(args: &Args) -> anyhow::Result<Outcome> {
+    let mut set = Collector::new(args.doubtful);
+    read::into(&mut set, &args.recordings)?;
+    let samples = set.finish(args.commit.clone());
+    print(|out| {
+        if args.json {
+            samples.write(out)
+        } else {
+            sets::text::write(out, &samples)
+        }
+    })
+    .context("cannot write the summary")?;
+    let doubtful = samples.migrations == 0 || !samples.left_out.is_empty();
+    Ok(if args.strict && doubtful {
+        Outcome::Bad
+    } else {
+        Outcome::Done
+    })
 }

@@ -159,7 +159,9 @@ pub struct Hit {
 }
 
 /// What a KVM file descriptor stands for.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema,
+)]
 #[serde(rename_all = "lowercase")]
 pub enum FdKind {
     /// `/dev/kvm`.

@@ -3,6 +3,7 @@
 //! Times are nanoseconds since the migration's start, on the source's clock. What was not seen is
 //! `null`. Members may be added within version 1; none changes its meaning or goes away.
 
+use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::analysis::party::{Party, Side};
@@ -13,7 +14,7 @@ use crate::recording::FdKind;
 pub const SCHEMA: &str = "blackout.report/1";
 
 /// The whole report.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Report {
     /// [`SCHEMA`].
     pub schema: String,
@@ -22,7 +23,7 @@ pub struct Report {
 }
 
 /// One migration.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Migration {
     /// `probes`, or `kernel` when the monitor has none and only KVM's ioctls were seen.
     pub view: View,
@@ -38,6 +39,9 @@ pub struct Migration {
     /// From the entry of `migration_stop_vm`, or, in the view `kernel`, from the first vCPU's last
     /// return from KVM_RUN, to the first KVM_RUN on the destination.
     pub downtime_ns: Option<u64>,
+    /// When the downtime began.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub downtime_start_ns: Option<i64>,
     /// From the last vCPU's last exit from guest code to the first entry.
     pub blackout_ns: Option<u64>,
     /// The share of the downtime that spans which do work and messages under way cover, 0 to 1.
@@ -47,6 +51,9 @@ pub struct Migration {
     pub clock_error_ns: Option<u64>,
     /// Events that the recorder lost.
     pub lost_events: u64,
+    /// The hosts that were recorded: the source's, then the destination's if that is another one.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub hosts: Vec<Host>,
     /// The spans: source, then destination, then the wire; on a side by thread, and there a parent
     /// before its children.
     pub spans: Vec<Span>,
@@ -64,8 +71,21 @@ pub struct Migration {
     pub doubts: Vec<String>,
 }
 
+/// A host, and how it was recorded.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Serialize, Deserialize, JsonSchema)]
+pub struct Host {
+    /// Its name.
+    pub hostname: String,
+    /// Its kernel's release.
+    pub kernel: String,
+    /// Its architecture.
+    pub arch: String,
+    /// How the recorder was attached.
+    pub backends: Vec<String>,
+}
+
 /// One span.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Span {
     /// Where; `wire` for a message that was under way during the downtime.
     pub side: Side,
@@ -73,6 +93,10 @@ pub struct Span {
     pub hop: u8,
     /// The probe table's row; `channel` for a message.
     pub name: String,
+    /// The name with what tells this span from others of its name in every migration, such as
+    /// `vm_state_handler gic main`; empty if that is nothing.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub label: String,
     /// What tells it from others of its name.
     pub detail: String,
     /// When it began.
@@ -86,7 +110,7 @@ pub struct Span {
 }
 
 /// One KVM ioctl.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Ioctl {
     /// Where.
     pub side: Side,
@@ -107,7 +131,7 @@ pub struct Ioctl {
 }
 
 /// One save or restore of tables.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Its {
     /// Where.
     pub side: Side,
@@ -127,7 +151,7 @@ pub struct Its {
 }
 
 /// A part of the downtime that nothing explains.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Gap {
     /// When it begins.
     pub start_ns: i64,
@@ -144,7 +168,7 @@ pub struct Gap {
 }
 
 /// One vCPU's blackout.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
 pub struct Vcpu {
     /// Its index.
     pub index: u64,
@@ -194,11 +218,13 @@ impl Migration {
             status: from.status.clone(),
             error: from.error.clone(),
             downtime_ns: downtime.bounds.map(|bounds| bounds.duration_ns()),
+            downtime_start_ns: downtime.bounds.map(|bounds| bounds.start_ns),
             blackout_ns: downtime.blackout.map(length),
             // Six digits are a millionth of the downtime; more would be noise in a diff.
             explained: downtime.explained.map(|share| (share * 1e6).round() / 1e6),
             clock_error_ns: from.clock.error_ns,
             lost_events: from.lost_events,
+            hosts: hosts(from),
             spans: from
                 .parties()
                 .flat_map(spans)
@@ -213,11 +239,29 @@ impl Migration {
     }
 }
 
+fn hosts(from: &migration::Migration<'_>) -> Vec<Host> {
+    let mut hosts = Vec::new();
+    for party in from.parties() {
+        let header = &party.recording.header;
+        let host = Host {
+            hostname: header.hostname.clone(),
+            kernel: header.kernel.clone(),
+            arch: header.arch.clone(),
+            backends: header.backends.clone(),
+        };
+        if !hosts.contains(&host) {
+            hosts.push(host);
+        }
+    }
+    hosts
+}
+
 fn spans(party: &Party<'_>) -> impl Iterator<Item = Span> {
     party.spans.iter().map(|span| Span {
         side: party.side,
         hop: span.what.meaning.hop,
         name: span.what.name().to_owned(),
+        label: describe::label(span.what),
         detail: describe::detail(span.what),
         start_ns: span.start_ns,
         duration_ns: span.duration_ns(),
@@ -240,6 +284,7 @@ fn messages(from: &migration::Migration<'_>) -> impl Iterator<Item = Span> {
             side: Side::Wire,
             hop: 8,
             name: "channel".to_owned(),
+            label: String::new(),
             detail: segment.describe(),
             start_ns: segment.sent_ns,
             duration_ns: segment.duration_ns(),

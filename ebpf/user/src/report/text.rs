@@ -8,6 +8,7 @@ use std::io::{self, Write};
 
 use anstyle::{AnsiColor, Style};
 
+use super::bars;
 use super::tree::{self, Row, Tone};
 use super::units::{cut, percent, time};
 use crate::analysis::clock::Basis;
@@ -18,8 +19,11 @@ use crate::recording::Ending;
 /// The widest line.
 pub const WIDTH: usize = 80;
 
-/// Columns of what a line of the tree is about; time, share and result follow.
+/// Columns of what a line of the tree is about; time, share and its place in the downtime follow.
 const NAME: usize = 48;
+
+/// Columns in which a span's place in the downtime is drawn, or its failure is named.
+const PLACE: usize = WIDTH - NAME - 20;
 
 /// So many gaps are listed one by one.
 const GAPS: usize = 5;
@@ -35,7 +39,7 @@ const FIGURE: Style = AnsiColor::Green.on_default().bold();
 /// # Errors
 /// What `out` returns.
 pub fn write(
-    out: &mut impl Write,
+    out: &mut dyn Write,
     recordings: &[Loaded],
     migrations: &[Migration<'_>],
 ) -> io::Result<()> {
@@ -52,7 +56,7 @@ pub fn write(
     Ok(())
 }
 
-fn head(out: &mut impl Write, recording: &Loaded) -> io::Result<()> {
+fn head(out: &mut dyn Write, recording: &Loaded) -> io::Result<()> {
     let header = &recording.header;
     let host = format!(
         "{} · Linux {} {} · {}",
@@ -87,7 +91,7 @@ fn head(out: &mut impl Write, recording: &Loaded) -> io::Result<()> {
     Ok(())
 }
 
-fn one(out: &mut impl Write, migration: &Migration<'_>) -> io::Result<()> {
+fn one(out: &mut dyn Write, migration: &Migration<'_>) -> io::Result<()> {
     let id = migration
         .id
         .map_or_else(|| "of unknown id".to_owned(), |id| id.to_string());
@@ -112,7 +116,7 @@ fn one(out: &mut impl Write, migration: &Migration<'_>) -> io::Result<()> {
     figures(out, migration)
 }
 
-fn side(out: &mut impl Write, migration: &Migration<'_>, party: &Party<'_>) -> io::Result<()> {
+fn side(out: &mut dyn Write, migration: &Migration<'_>, party: &Party<'_>) -> io::Result<()> {
     let name = match party.side {
         Side::Source => "Source",
         _ => "Destination",
@@ -124,7 +128,7 @@ fn side(out: &mut impl Write, migration: &Migration<'_>, party: &Party<'_>) -> i
     );
     writeln!(
         out,
-        "\n{TITLE}{title:NAME$}{TITLE:#}{QUIET} {:>10} {:>7} result{QUIET:#}",
+        "\n{TITLE}{title:NAME$}{TITLE:#}{QUIET} {:>10} {:>7} when{QUIET:#}",
         "took", "share"
     )?;
     let rows = match migration.view {
@@ -137,7 +141,7 @@ fn side(out: &mut impl Write, migration: &Migration<'_>, party: &Party<'_>) -> i
     Ok(())
 }
 
-fn line(out: &mut impl Write, row: &Row) -> io::Result<()> {
+fn line(out: &mut dyn Write, row: &Row) -> io::Result<()> {
     // Deeper trees than this are damaged recordings; a line keeps room for a name.
     let indent = (2 * row.depth).min(NAME / 2);
     let style = match row.tone {
@@ -149,13 +153,20 @@ fn line(out: &mut impl Write, row: &Row) -> io::Result<()> {
     let text = cut(&row.text, NAME - indent);
     let (width, took) = (NAME - indent, time(row.took_ns));
     let share = row.share.map(percent).unwrap_or_default();
-    let result = cut(&row.result, WIDTH - NAME - 20);
-    let line = format!("{text:width$} {took:>10} {share:>7} {result}");
+    let line = format!("{text:width$} {took:>10} {share:>7}");
+    let place = match &row.failure {
+        Some(failure) => cut(failure, PLACE),
+        None => row
+            .place
+            .map(|(start, end)| bars::place(start, end, PLACE))
+            .unwrap_or_default(),
+    };
+    let line = format!("{line} {place}");
     writeln!(out, "{:indent$}{style}{}{style:#}", "", line.trim_end())
 }
 
 /// The interrupt controller's tables: what the monitor saw beside what the kernel did.
-fn tables(out: &mut impl Write, migration: &Migration<'_>) -> io::Result<()> {
+fn tables(out: &mut dyn Write, migration: &Migration<'_>) -> io::Result<()> {
     if migration.its.is_empty() {
         return Ok(());
     }
@@ -195,7 +206,7 @@ fn tables(out: &mut impl Write, migration: &Migration<'_>) -> io::Result<()> {
     Ok(())
 }
 
-fn figures(out: &mut impl Write, migration: &Migration<'_>) -> io::Result<()> {
+fn figures(out: &mut dyn Write, migration: &Migration<'_>) -> io::Result<()> {
     let downtime = &migration.downtime;
     writeln!(out)?;
     match (downtime.bounds, downtime.stop_ns) {
@@ -267,14 +278,14 @@ fn figures(out: &mut impl Write, migration: &Migration<'_>) -> io::Result<()> {
     Ok(())
 }
 
-fn figure(out: &mut impl Write, name: &str, value: &str, what: &str) -> io::Result<()> {
+fn figure(out: &mut dyn Write, name: &str, value: &str, what: &str) -> io::Result<()> {
     let what = cut(what, WIDTH - 25);
     let end = if what.is_empty() { "" } else { "  " };
     writeln!(out, "{name:10} {FIGURE}{value:>12}{FIGURE:#}{end}{what}")
 }
 
 /// The gaps, the largest first, each with its place. Those that fit no more are counted.
-fn gaps(out: &mut impl Write, migration: &Migration<'_>) -> io::Result<()> {
+fn gaps(out: &mut dyn Write, migration: &Migration<'_>) -> io::Result<()> {
     let Some(bounds) = migration.downtime.bounds else {
         return Ok(());
     };
@@ -314,7 +325,7 @@ fn gaps(out: &mut impl Write, migration: &Migration<'_>) -> io::Result<()> {
     Ok(())
 }
 
-fn clock(out: &mut impl Write, migration: &Migration<'_>) -> io::Result<()> {
+fn clock(out: &mut dyn Write, migration: &Migration<'_>) -> io::Result<()> {
     if migration.source.is_none() || migration.destination.is_none() {
         return Ok(());
     }

@@ -22,8 +22,10 @@ pub(super) struct Row {
     pub(super) took_ns: u64,
     /// How much of the downtime that was, from 0 to 1; `None` outside of it.
     pub(super) share: Option<f64>,
-    /// `ok`, an errno's name, or why there is no result.
-    pub(super) result: String,
+    /// Where in the downtime it was: begin and end, from 0 to 1.
+    pub(super) place: Option<(f64, f64)>,
+    /// An errno's name, or why there is no result; `None` if all is well.
+    pub(super) failure: Option<String>,
     /// How it is to be read.
     pub(super) tone: Tone,
 }
@@ -107,10 +109,9 @@ fn alike(rest: &[Placed<'_, Span>]) -> usize {
 fn span_row(run: &[Placed<'_, Span>], bounds: Option<Bounds>) -> Option<Row> {
     let (first, last) = (run.first()?.what, run.last()?.what);
     let failed = first.rc().is_some_and(|rc| rc < 0);
-    let result = match (&first.end, first.rc()) {
-        (None, _) => "unfinished".to_owned(),
-        (Some(_), Some(rc)) => describe::errno(rc),
-        (Some(_), None) => String::new(),
+    let failure = match (&first.end, first.rc()) {
+        (None, _) => Some("unfinished".to_owned()),
+        (Some(_), rc) => rc.filter(|rc| *rc < 0).map(describe::errno),
     };
     let text = if run.len() > 1 {
         format!("{} × {}", last.name(), run.len())
@@ -130,7 +131,8 @@ fn span_row(run: &[Placed<'_, Span>], bounds: Option<Bounds>) -> Option<Row> {
         text,
         took_ns: took(run),
         share: share(run, bounds),
-        result,
+        place: place(run, bounds),
+        failure,
         tone,
     })
 }
@@ -149,7 +151,8 @@ fn kernel_row(ioctls: &[Placed<'_, Ioctl>], depth: usize, bounds: Option<Bounds>
         text: format!("ioctl {name}{times}"),
         took_ns: took(ioctls),
         share: share(ioctls, bounds),
-        result: describe::errno(worst),
+        place: place(ioctls, bounds),
+        failure: (worst < 0).then(|| describe::errno(worst)),
         tone: if worst < 0 { Tone::Bad } else { Tone::Kernel },
     })
 }
@@ -170,6 +173,18 @@ fn share<T>(run: &[Placed<'_, T>], bounds: Option<Bounds>) -> Option<f64> {
             .map(|one| bounds.share(one.start_ns, one.end_ns))
             .sum(),
     )
+}
+
+/// Where in the downtime the part of `run` lies that is in it.
+fn place<T>(run: &[Placed<'_, T>], bounds: Option<Bounds>) -> Option<(f64, f64)> {
+    let bounds = bounds?;
+    let inside =
+        |one: &&Placed<'_, T>| one.start_ns < bounds.end_ns && one.end_ns > bounds.start_ns;
+    let inside = || run.iter().filter(inside);
+    let at = |ns: i64| bounds.share(bounds.start_ns, ns);
+    let start = inside().map(|one| one.start_ns).min()?;
+    let end = inside().map(|one| one.end_ns).max()?;
+    Some((at(start), at(end)))
 }
 
 /// The ioctls that are the kernel's view of a table operation, by the place of the innermost span
