@@ -27,7 +27,9 @@ const ASKED_NS: u64 = 1_000_000_000;
 pub(super) const WHOLES: [&str; 2] = ["migrate", "migrate_incoming"];
 
 /// How a migration was seen.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize)]
+#[derive(
+    Clone, Copy, Debug, PartialEq, Eq, serde::Serialize, serde::Deserialize, schemars::JsonSchema,
+)]
 #[serde(rename_all = "lowercase")]
 pub enum View {
     /// By the monitor's probes, and KVM's ioctls beside them.

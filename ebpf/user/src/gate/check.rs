@@ -394,6 +394,13 @@ fn warnings(baseline: &Samples, current: &Samples) -> Vec<String> {
             "the baseline ran on {before}, the current set on {now}: a difference may be the host's"
         ));
     }
+    let mut views: Vec<_> = baseline.views.iter().chain(&current.views).collect();
+    views.dedup();
+    if views.len() > 1 {
+        let text = "some migrations were seen by probes and some by the kernel alone: \
+                    their downtimes begin at different moments";
+        warnings.push(text.to_owned());
+    }
     for (name, set) in [("baseline", baseline), ("current set", current)] {
         let left = &set.left_out;
         let counts = [

@@ -8,7 +8,8 @@ use thiserror::Error;
 use super::samples::{Key, Nature, SCHEMA, Samples, Series, Table};
 use crate::analysis::Side;
 use crate::analysis::downtime::WHOLES;
-use crate::report::schema::{Migration, Span};
+use crate::analysis::migration::View;
+use crate::report::schema::{Host, Migration};
 
 /// More migrations than this in one set are refused: no comparison needs them.
 pub const MIGRATIONS_MAX: usize = 10_000;
@@ -37,7 +38,8 @@ pub enum Error {
 #[derive(Debug, Default)]
 pub struct Collector {
     migrations: usize,
-    hosts: Vec<crate::report::schema::Host>,
+    hosts: Vec<Host>,
+    views: Vec<View>,
     left_out: super::Left,
     series: Vec<Series>,
     tables: Vec<Table>,
@@ -64,6 +66,9 @@ impl Collector {
             if !self.hosts.contains(host) {
                 self.hosts.push(host.clone());
             }
+        }
+        if !self.views.contains(&migration.view) {
+            self.views.push(migration.view);
         }
         let left = &mut self.left_out;
         let (Some(downtime_ns), Some(start_ns)) =
@@ -97,6 +102,9 @@ impl Collector {
         self.wholes(migration, downtime_ns)?;
         let end_ns = start_ns.saturating_add_unsigned(downtime_ns);
         self.spans(migration, (start_ns, end_ns))?;
+        if migration.view == View::Kernel {
+            self.ioctls(migration, (start_ns, end_ns))?;
+        }
         // What did not run took no time.
         for series in &mut self.series {
             let missing = (series.nature != Nature::Whole).then_some(0);
@@ -127,6 +135,11 @@ impl Collector {
                 self.hosts.push(host);
             }
         }
+        for view in samples.views {
+            if !self.views.contains(&view) {
+                self.views.push(view);
+            }
+        }
         let (left, more) = (&mut self.left_out, samples.left_out);
         left.failed = left.failed.saturating_add(more.failed);
         left.unfinished = left.unfinished.saturating_add(more.unfinished);
@@ -155,6 +168,7 @@ impl Collector {
         Samples {
             schema: SCHEMA.to_owned(),
             hosts: self.hosts,
+            views: self.views,
             commit,
             migrations: self.migrations,
             left_out: self.left_out,
@@ -187,7 +201,7 @@ impl Collector {
         for span in &migration.spans {
             while around.pop_if(|(depth, _)| *depth >= span.depth).is_some() {}
             let counts = span.side != Side::Wire && !WHOLES.contains(&span.name.as_str());
-            let inside_ns = overlap_ns(span, downtime);
+            let inside_ns = overlap_ns((span.start_ns, span.duration_ns), downtime);
             if !counts || inside_ns == 0 {
                 continue;
             }
@@ -222,6 +236,22 @@ impl Collector {
                 name: format!("{} in the kernel", operation.op),
             };
             self.put(key, Nature::Kernel, 0, None, Some(kernel_ns))?;
+        }
+        Ok(())
+    }
+
+    /// The ioctls of a monitor without probes: all that was seen of it.
+    fn ioctls(&mut self, migration: &Migration, downtime: (i64, i64)) -> Result<(), Error> {
+        for ioctl in &migration.ioctls {
+            let inside_ns = overlap_ns((ioctl.start_ns, ioctl.duration_ns), downtime);
+            if inside_ns == 0 {
+                continue;
+            }
+            let key = Key {
+                side: Some(ioctl.side),
+                name: format!("ioctl {}", ioctl.name),
+            };
+            self.put(key, Nature::Kernel, 0, None, Some(inside_ns))?;
         }
         Ok(())
     }
@@ -274,11 +304,10 @@ impl Collector {
     }
 }
 
-fn overlap_ns(span: &Span, (start_ns, end_ns): (i64, i64)) -> u64 {
-    let span_end_ns = span.start_ns.saturating_add_unsigned(span.duration_ns);
-    let inside = span_end_ns
-        .min(end_ns)
-        .saturating_sub(span.start_ns.max(start_ns));
+/// How much of what began `at` and took `duration_ns` lies between `start_ns` and `end_ns`.
+fn overlap_ns((at, duration_ns): (i64, u64), (start_ns, end_ns): (i64, i64)) -> u64 {
+    let until = at.saturating_add_unsigned(duration_ns);
+    let inside = until.min(end_ns).saturating_sub(at.max(start_ns));
     u64::try_from(inside).unwrap_or(0)
 }
 

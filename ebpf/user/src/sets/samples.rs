@@ -8,6 +8,7 @@ use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
 use crate::analysis::Side;
+use crate::analysis::migration::View;
 use crate::report::schema::Host;
 
 /// The name of the schema and its version.
@@ -23,6 +24,9 @@ pub struct Samples {
     pub schema: String,
     /// The hosts on which they ran, without repetition.
     pub hosts: Vec<Host>,
+    /// How the migrations were seen, without repetition: what a downtime is depends on it.
+    #[serde(default)]
+    pub views: Vec<View>,
     /// The revision of the monitor, if it was told.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub commit: Option<String>,

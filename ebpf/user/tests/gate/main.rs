@@ -5,6 +5,7 @@ mod sets;
 mod verdicts;
 
 use blackout::analysis::Side;
+use blackout::analysis::migration::View;
 use blackout::report::schema::{Host, Migration, Span};
 
 /// A host's name, kernel and backend do not matter to any verdict.
@@ -36,6 +37,7 @@ fn migration(handler: u64, load: u64) -> Migration {
     let from = 1_000_000;
     let after = from + stop.cast_signed();
     Migration {
+        view: View::Probes,
         id: Some(1),
         mode: "normal".to_owned(),
         status: "completed".to_owned(),
