@@ -6,6 +6,8 @@ mod interrupts;
 mod its;
 mod latency;
 mod linux;
+mod linux_devices;
+mod linux_load;
 mod migrate;
 mod migrate_faults;
 mod peers;

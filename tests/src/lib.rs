@@ -3,8 +3,10 @@
 //!
 //! Programs are found by environment variables that `cargo xtask` sets; see [`programs`].
 
+pub mod bridge;
 pub mod cpus;
 pub mod guest_ram;
+pub mod linux;
 pub mod observer;
 pub mod pair;
 pub mod programs;
@@ -16,8 +18,10 @@ pub mod skip;
 pub mod tool;
 pub mod vmm;
 
+pub use bridge::Bridge;
 pub use cpus::Cpus;
 pub use guest_ram::GuestView;
+pub use linux::Linux;
 pub use observer::Observer;
 pub use proxy::Proxy;
 pub use qmp::{Qmp, QmpError};

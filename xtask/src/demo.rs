@@ -10,9 +10,9 @@ use anyhow::{Context, Result, bail};
 
 use crate::artifacts::{self, Artifacts, Platform};
 use crate::kernel::{Arch, Kernel, Package, Series};
-use crate::paths;
 use crate::setup::{self, Purpose};
 use crate::testbed::Testbed;
+use crate::{linux, paths};
 
 /// What the demo leaves for a person to open.
 const RESULTS: [&str; 4] = [
@@ -32,6 +32,10 @@ pub(crate) struct Arguments {
     /// on itself.
     #[arg(long, value_enum)]
     on: Option<Platform>,
+    /// The guest: a bare-metal program whose ITS is as large as it is told to make it, or Debian's
+    /// Linux, which writes to its disk and answers pings.
+    #[arg(long, value_parser = ["bare", "linux"], default_value = "bare")]
+    guest: String,
     /// vCPUs of the guest.
     #[arg(long, default_value_t = 1)]
     cpus: u32,
@@ -81,6 +85,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
 
 fn scenario(arguments: &Arguments, out: &str) -> Vec<String> {
     let Arguments {
+        guest,
         cpus,
         devices,
         events,
@@ -96,7 +101,7 @@ fn scenario(arguments: &Arguments, out: &str) -> Vec<String> {
         .into_iter()
         .flat_map(|(flag, n)| [flag.to_owned(), n.to_string()])
         .collect();
-    words.extend(["--dirty", dirty, "--out", out].map(str::to_owned));
+    words.extend(["--guest", guest, "--dirty", dirty, "--out", out].map(str::to_owned));
     words
 }
 
@@ -108,6 +113,14 @@ fn on_host(artifacts: &Artifacts, arguments: &Arguments, results: &Path) -> Resu
     scenario_command
         .args(scenario(arguments, out))
         .envs(artifacts.environment(None));
+    if arguments.guest == "linux" {
+        let arch = if ARCH == "aarch64" {
+            Arch::Aarch64
+        } else {
+            Arch::X86_64
+        };
+        scenario_command.env(linux::VARIABLE, linux::prepare(arch)?);
+    }
     let status = scenario_command
         .status()
         .with_context(|| format!("{scenario_command:?}"))?;
@@ -116,11 +129,16 @@ fn on_host(artifacts: &Artifacts, arguments: &Arguments, results: &Path) -> Resu
 
 fn in_testbed(artifacts: &Artifacts, arguments: &Arguments, results: &Path) -> Result<i32> {
     eprintln!("demo: booting arm64 Linux with KVM, a GICv3 and its ITS, under emulation");
-    let testbed = Testbed::new(
+    let mut testbed = Testbed::new(
         Kernel::find(Package::testbed(Series::V6_12, Arch::Aarch64))?,
         "demo",
     )
     .programs(artifacts);
+    if arguments.guest == "linux" {
+        testbed = testbed
+            .shared(&linux::prepare(Arch::Aarch64)?, "linux")?
+            .env(linux::VARIABLE, "/share/linux");
+    }
     let words = scenario(arguments, "/share/out");
     let program: Vec<_> = ["blackout-scenario"]
         .into_iter()

@@ -6,6 +6,7 @@ mod build;
 mod ci;
 mod command;
 mod demo;
+mod fuzz;
 mod initramfs;
 mod kernel;
 mod linux;
@@ -40,6 +41,8 @@ enum Verb {
     Testbed(testbed::Arguments),
     /// Run the tests: units, then integration on this machine and in the testbed.
     Test(test::Arguments),
+    /// Feed the monitor's devices what a hostile guest or peer could send.
+    Fuzz(fuzz::Arguments),
     /// Measure what the stop path costs.
     Bench(bench::Arguments),
     /// Hold the sources against the project's own rules.
@@ -55,6 +58,7 @@ fn main() -> ExitCode {
         Verb::Demo(arguments) => demo::run(&arguments),
         Verb::Testbed(arguments) => testbed::run(&arguments),
         Verb::Test(arguments) => test::run(&arguments),
+        Verb::Fuzz(arguments) => fuzz::run(&arguments),
         Verb::Bench(arguments) => bench::run(&arguments),
         Verb::Tidy(arguments) => tidy::run(&arguments),
         Verb::Ci(arguments) => ci::run(&arguments),

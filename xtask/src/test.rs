@@ -13,10 +13,13 @@ use crate::artifacts::{self, Platform};
 use crate::kernel::{Arch, Kernel, Package, Series};
 use crate::setup::{self, Purpose};
 use crate::testbed::{STARTED_AGAIN, Testbed};
-use crate::{command, linux, paths};
+use crate::{command, fuzz, linux, paths};
 
 /// Longer than any part takes on two slow cores; a test that hangs ends here.
 const TIMEOUT: Duration = Duration::from_secs(1800);
+
+/// How long the slow tier runs each fuzz target.
+const FUZZ_SECONDS: u64 = 60;
 
 /// Arguments of `cargo xtask test`.
 #[derive(clap::Args)]
@@ -71,7 +74,12 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
             continue;
         }
         match part {
-            Part::Unit => unit_tests(arguments, &mut tally)?,
+            Part::Unit => {
+                unit_tests(arguments, &mut tally)?;
+                if arguments.slow && arguments.filters.is_empty() {
+                    fuzz_targets(&mut tally)?;
+                }
+            }
             Part::Host => host_tests(arguments, &mut tally)?,
             Part::Testbed => testbed_tests(arguments, &mut tally)?,
             Part::Nested => nested_tests(arguments, &mut tally)?,
@@ -95,6 +103,25 @@ fn unit_tests(arguments: &Arguments, tally: &mut Tally) -> Result<()> {
     cargo.env("BLACKOUT_PYTHON", setup::python()?);
     cargo.args(["--", "--nocapture"]).args(&arguments.filters);
     tally.stream(&mut cargo)
+}
+
+/// A short run of every fuzz target.
+fn fuzz_targets(tally: &mut Tally) -> Result<()> {
+    println!("== fuzz targets, {FUZZ_SECONDS} s each");
+    if let Some(why) = fuzz::missing() {
+        println!("SKIP: fuzz targets: {why}");
+        tally.ignored += 1;
+        return Ok(());
+    }
+    for (name, clean) in fuzz::every_target(FUZZ_SECONDS)? {
+        println!("fuzz {name}: {}", if clean { "ok" } else { "FAILED" });
+        if clean {
+            tally.ok += 1;
+        } else {
+            tally.failed += 1;
+        }
+    }
+    Ok(())
 }
 
 fn host_tests(arguments: &Arguments, tally: &mut Tally) -> Result<()> {

@@ -154,10 +154,6 @@ macro_rules! probe_table {
                 drain_begin()
                 drain_end(rc: i64 = "0, or a negative errno")
                 "wait for the I/O that is under way";
-            span 6 work device_drain
-                device_drain_begin(name: str = "the device")
-                device_drain_end(requests: u64 = "requests that were under way when it was told to stop", rc: i64 = "0, or a negative errno")
-                "wait for a device's worker to finish the requests that the guest has started";
             span 6 layer vm_state_notify
                 vm_state_notify_begin(running: u64 = "1 on a start, 0 on a stop", state: str = "the new run state", handlers: u64 = "handlers on the list")
                 vm_state_notify_end(rc: i64 = "the first handler's error, or 0")
@@ -236,6 +232,10 @@ macro_rules! probe_table {
                 "one two-way reading of both clocks, as NTP does; fires on the source";
             point 7 its_mapped(its: u64 = "which ITS", devices: u64 = "devices that it maps", events: u64 = "events that it maps")
                 "what an ITS maps, counted in the tables that it saved; fires while the migration lasts, but outside the downtime";
+            span 6 work device_drain
+                device_drain_begin(name: str = "the device")
+                device_drain_end(requests: u64 = "requests that were under way when it was told to stop", rc: i64 = "0, or a negative errno")
+                "wait for a device's worker to finish the requests that the guest has started";
         }
     };
 }
