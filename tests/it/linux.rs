@@ -1,7 +1,8 @@
 //! Stock Linux kernels boot, answer, restart, switch off, and move.
 
 use std::env::consts::ARCH;
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use harness::skip::slow;
@@ -171,6 +172,44 @@ fn moves(kernel: &str, cpus: u32) -> Result<()> {
     }
     shell.start("poweroff -f")?;
     ends(&mut source, "guest-shutdown")
+}
+
+/// How long a guest is stopped before it moves: much more than what the rest takes.
+const PAUSE: Duration = Duration::from_secs(20);
+
+/// Seconds by which a guest's clock is late when it was stopped for [`PAUSE`] and then moved.
+fn late(mode: &str) -> Result<f64> {
+    let options = machine(NEWEST, 2);
+    let (mut source, mut shell) = boot(&options)?;
+    let (then, before) = (Instant::now(), uptime(&mut shell)?);
+    source.qmp.execute("stop", Value::Null)?;
+    thread::sleep(PAUSE);
+    let mut destination = options.incoming("defer");
+    destination.extra = vec!["--guest-clock".into(), mode.into()];
+    let mut destination = Vmm::spawn(&destination)?;
+    let uri = format!("unix:{}", destination.dir().join("migration").display());
+    let arguments = json!({ "uri": uri });
+    destination.qmp.execute("migrate-incoming", arguments)?;
+    let mut there = destination.shell()?;
+    let answer = source.qmp.migrate(&uri, BOOT)?;
+    ensure!(answer["status"] == "completed", "{answer}");
+    destination.qmp.execute("cont", Value::Null)?;
+    let passed = (uptime(&mut there)? - before) as f64;
+    Ok(then.elapsed().as_secs_f64() - passed)
+}
+
+#[test]
+fn a_guests_clock_goes_on_or_stands_still_as_it_is_told() -> Result<()> {
+    need_linux!();
+    if !slow() {
+        skip!("slow tier: two more guests");
+    }
+    let (advanced, frozen) = (late("advance")?, late("freeze")?);
+    println!("late by {advanced:.1} s when told to advance, by {frozen:.1} s when to freeze");
+    let pause = PAUSE.as_secs_f64();
+    ensure!(advanced < pause / 2.0, "the clock did not advance");
+    ensure!(frozen > pause * 0.9, "the clock did not stand still");
+    Ok(())
 }
 
 /// Seconds since the guest has booted.

@@ -254,6 +254,17 @@ fn what_is_wrong_is_said_in_one_line() -> Result<()> {
     Ok(())
 }
 
+#[test]
+fn it_says_what_kvm_can_do() -> Result<()> {
+    let output = run(&["--check"])?;
+    let said = String::from_utf8_lossy(&output.stdout);
+    ensure!(output.status.success(), "{said}");
+    ensure!(said.contains("vCPUs in a machine"), "{said}");
+    ensure!(said.ends_with("guests run on this host\n"), "{said}");
+    print!("{said}");
+    Ok(())
+}
+
 /// Runs a monitor that can't get far.
 fn run(arguments: &[&str]) -> Result<Output> {
     let mut command = Command::new(programs::vmm()?);

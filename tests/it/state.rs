@@ -78,6 +78,7 @@ fn machine(boots: bool) -> Result<Machine> {
         ram_size: 32 << 20,
         vcpus: 2,
         incoming: false,
+        guest_clock: vmm::arch::GUEST_CLOCK,
         program: boots
             .then(programs::guest)
             .transpose()?

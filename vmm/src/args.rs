@@ -9,6 +9,7 @@ use std::str::FromStr;
 use blackout_abi::guest::{CMDLINE_MAX, MAX_VCPUS};
 use clap::Parser;
 use clap::error::ErrorKind;
+use vmm::arch::{self, GuestClock};
 use vmm::devices::virtio::{blk, console, net, vsock};
 use vmm::migration::uri;
 use vmm::payload::{Linux, Program};
@@ -22,7 +23,7 @@ pub(crate) struct Args {
     #[arg(
         long,
         value_name = "FILE",
-        required_unless_present_any = ["kernel", "incoming"],
+        required_unless_present_any = ["kernel", "incoming", "check"],
         help_heading = "Guest"
     )]
     pub(crate) payload: Option<PathBuf>,
@@ -108,9 +109,19 @@ pub(crate) struct Args {
     #[arg(long, value_name = "URI", value_parser = incoming, help_heading = "Migration")]
     pub(crate) incoming: Option<String>,
 
+    /// What the clock of a guest that comes from another host has done on its way: advance or freeze.
+    /// By default x86-64 guests, which can be told that they were stopped, find that time has
+    /// passed, and arm64 guests do not
+    #[arg(long, value_name = "WHAT", default_value_t, help_heading = "Migration")]
+    pub(crate) guest_clock: Clock,
+
     /// Test mode: at the switchover, compare a checksum of all RAM on both sides
     #[arg(long, help_heading = "Migration")]
     pub(crate) verify_ram: bool,
+
+    /// Say what this host's KVM can and cannot do, and end: 0 when guests run here, 1 when not
+    #[arg(long, help_heading = "Diagnostics")]
+    pub(crate) check: bool,
 
     /// Write a Chrome trace of the monitor's own spans, for Perfetto
     #[arg(long, value_name = "FILE", help_heading = "Diagnostics")]
@@ -212,6 +223,37 @@ impl fmt::Display for Size {
     }
 }
 
+/// What a guest's clock does during a migration.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) struct Clock(pub(crate) GuestClock);
+
+impl Default for Clock {
+    fn default() -> Self {
+        Clock(arch::GUEST_CLOCK)
+    }
+}
+
+impl FromStr for Clock {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "advance" => Ok(Clock(GuestClock::Advance)),
+            "freeze" => Ok(Clock(GuestClock::Freeze)),
+            _ => Err("expected advance or freeze".to_owned()),
+        }
+    }
+}
+
+impl fmt::Display for Clock {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self.0 {
+            GuestClock::Advance => "advance",
+            GuestClock::Freeze => "freeze",
+        })
+    }
+}
+
 /// Where the serial console goes.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub(crate) enum Console {
@@ -291,6 +333,7 @@ mod tests {
             ),
             ("--payload x --qmp tcp:1", "expected unix:PATH"),
             ("--incoming nowhere", "unknown transport"),
+            ("--payload x --guest-clock on", "expected advance or freeze"),
             ("--payload x --nope", "unexpected argument '--nope' found"),
         ];
         for (arguments, expected) in rows {

@@ -40,6 +40,8 @@ pub struct Config {
     pub ram_size: u64,
     /// vCPUs.
     pub vcpus: u32,
+    /// What the guest's clock does while it comes from another host.
+    pub guest_clock: arch::GuestClock,
     /// What to boot.
     pub program: Option<Program>,
     /// Whether a migration brings what runs first; the program then is for resets only.
@@ -148,7 +150,7 @@ impl Machine {
         let ram = GuestRam::new(&arch::ram_layout(config.ram_size)?)?;
         ram.register(&vm)?;
 
-        let mut irqchip = arch::Irqchip::create(&vm, config.vcpus)?;
+        let mut irqchip = arch::Irqchip::create(&vm, config.vcpus, config.guest_clock)?;
         let vcpus = create_vcpus(&vm, config.vcpus)?;
         irqchip.init(&vcpus)?;
         let board = arch::Board::new(&vm, config.console, requests)?;

@@ -10,6 +10,7 @@ use std::sync::mpsc::{self, Receiver};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, Result};
+use vmm::check::Report;
 use vmm::control::{system_reset, vm_start, vm_stop};
 use vmm::machine::{Config, Machine, PciDevices, SharedMachine};
 use vmm::migration::{Migrations, Parameters};
@@ -19,13 +20,30 @@ use vmm::runstate::{Event, Request, RunState};
 use crate::args::Args;
 
 fn main() -> ExitCode {
-    match run(args::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
+    let args = args::parse();
+    let done = if args.check {
+        check()
+    } else {
+        run(args).map(|()| ExitCode::SUCCESS)
+    };
+    match done {
+        Ok(code) => code,
         Err(error) => {
             eprintln!("blackout-vmm: {error:#}");
             ExitCode::FAILURE
         }
     }
+}
+
+/// Says what guests can have here.
+fn check() -> Result<ExitCode> {
+    let report = Report::new().context("this host has no KVM for this user")?;
+    println!("{report}");
+    Ok(if report.runs_guests() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    })
 }
 
 fn run(args: Args) -> Result<()> {
@@ -39,6 +57,7 @@ fn run(args: Args) -> Result<()> {
     let config = Config {
         ram_size: args.memory.0,
         vcpus: args.cpus,
+        guest_clock: args.guest_clock.0,
         program: args.program(),
         incoming: args.incoming.is_some(),
         cmdline: args.cmdline,

@@ -3,6 +3,7 @@
 use std::env;
 use std::env::consts::ARCH;
 use std::fmt;
+use std::path::{Path, PathBuf};
 use std::process::Command;
 use std::time::Duration;
 
@@ -127,8 +128,12 @@ fn fuzz_targets(tally: &mut Tally) -> Result<()> {
 fn host_tests(arguments: &Arguments, tally: &mut Tally) -> Result<()> {
     println!("== integration tests on this machine");
     let artifacts = artifacts::build(Platform::Host)?;
+    let guests = linux_on_this_machine()?;
     for program in artifacts::build_tests(Platform::Host)?.values() {
         let mut test = Command::new(program);
+        if let Some(folder) = &guests {
+            test.env(linux::VARIABLE, folder);
+        }
         test.current_dir(paths::workspace())
             .args(libtest_arguments(arguments))
             .envs(artifacts.environment(None))
@@ -137,6 +142,19 @@ fn host_tests(arguments: &Arguments, tally: &mut Tally) -> Result<()> {
         tally.stream(&mut test)?;
     }
     Ok(())
+}
+
+/// The Linux guests for this machine's own KVM, unless it is PVM, which boots none.
+fn linux_on_this_machine() -> Result<Option<PathBuf>> {
+    if Path::new("/sys/module/kvm_pvm").exists() {
+        return Ok(None);
+    }
+    let arch = if ARCH == "aarch64" {
+        Arch::Aarch64
+    } else {
+        Arch::X86_64
+    };
+    linux::prepare(arch).map(Some)
 }
 
 fn testbed_tests(arguments: &Arguments, tally: &mut Tally) -> Result<()> {

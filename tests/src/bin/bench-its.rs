@@ -156,6 +156,7 @@ impl Guest {
             ram_size: arguments.memory << 20,
             vcpus: arguments.cpus,
             incoming: false,
+            guest_clock: vmm::arch::GUEST_CLOCK,
             program: payload.map(Program::Payload),
             cmdline,
             console: Box::new(io::sink()),

@@ -8,13 +8,35 @@ mod imp;
 mod imp;
 
 pub use imp::{
-    Board, Entry, Error, Irqchip, NAME, PCI, Uart, init_vcpu, load, ram_layout, set_entry,
-    vcpu_state,
+    Board, Entry, Error, GUEST_CLOCK, Irqchip, NAME, PCI, Uart, check, init_vcpu, load, ram_layout,
+    set_entry, vcpu_state,
 };
 
 use std::ops::Range;
+use std::time::SystemTime;
 
 use crate::devices::bus;
+
+/// What a guest's clock does while the guest is on its way from one host to another.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum GuestClock {
+    /// It goes on: the guest's time stays right, and finds that time has passed.
+    Advance,
+    /// It stands still: the guest does not notice, and its time is late by what the move took.
+    Freeze,
+}
+
+/// Nanoseconds from `then` to now, both of `CLOCK_REALTIME`; 0 when the clocks of the two hosts
+/// disagree so much that `then` is yet to come.
+pub(crate) fn passed_since(then: u64) -> u64 {
+    realtime_ns().saturating_sub(then)
+}
+
+/// `CLOCK_REALTIME`, ns: the one clock that two hosts share, as far as they share any.
+pub(crate) fn realtime_ns() -> u64 {
+    let now = SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default();
+    u64::try_from(now.as_nanos()).unwrap_or(u64::MAX)
+}
 
 /// Where the PCI host bridge's windows are, guest-physical.
 #[derive(Clone, Debug)]

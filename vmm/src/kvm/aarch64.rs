@@ -18,6 +18,16 @@ pub fn register_size(id: u64) -> usize {
     1 << ((id & KVM_REG_SIZE_MASK) >> KVM_REG_SIZE_SHIFT).min(8)
 }
 
+/// Hz of the virtual counter: the host's, which the guest has, too.
+pub fn counter_frequency() -> u64 {
+    let frequency: u64;
+    // SAFETY: the register can be read at EL0 on Linux, and reading it has no effect.
+    unsafe {
+        std::arch::asm!("mrs {}, cntfrq_el0", out(reg) frequency, options(nomem, nostack, preserves_flags));
+    }
+    frequency
+}
+
 /// Bytes of the longest register that an id can name: 2048 bits.
 pub const REGISTER_MAX: usize = 256;
 
@@ -35,11 +45,6 @@ impl Vm {
         }
         routes
     };
-
-    /// `KVM_CAP_MAX_VCPUS`: how many vCPUs a VM can have here.
-    pub fn max_vcpus(&self) -> u32 {
-        self.kvm.get_max_vcpus().try_into().unwrap_or(u32::MAX)
-    }
 
     /// `KVM_ARM_PREFERRED_TARGET`: the vCPU model of this host, with no feature switched on.
     pub fn preferred_target(&self) -> Result<VcpuInit> {

@@ -16,11 +16,11 @@ mod aarch64;
 mod x86_64;
 
 #[cfg(target_arch = "aarch64")]
-pub use aarch64::{REGISTER_MAX, VcpuEvents, VcpuInit, register_size};
+pub use aarch64::{REGISTER_MAX, VcpuEvents, VcpuInit, counter_frequency, register_size};
 pub use device::Device;
 pub use irq::MsiRoute;
 pub use vcpu::{Exit, Kick, Vcpu};
-pub use vm::{Slot, Vm};
+pub use vm::{Capability, Slot, Vm};
 
 use std::borrow::Cow;
 use std::io;

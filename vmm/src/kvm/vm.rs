@@ -1,9 +1,14 @@
 //! `/dev/kvm` and the VM's file descriptor.
 
-use kvm_bindings::{KVM_MEM_LOG_DIRTY_PAGES, kvm_create_device, kvm_userspace_memory_region};
+use kvm_bindings::{
+    KVM_CREATE_DEVICE_TEST, KVM_MEM_LOG_DIRTY_PAGES, kvm_create_device, kvm_userspace_memory_region,
+};
 use kvm_ioctls::{Cap, Kvm, VmFd};
 
 use super::{Device, Error, Result, Vcpu};
+
+/// A capability, as `KVM_CHECK_EXTENSION` knows it.
+pub use kvm_ioctls::Cap as Capability;
 
 /// One memory slot: guest-physical memory backed by a mapping of this process.
 #[derive(Clone, Copy, Debug)]
@@ -83,6 +88,21 @@ impl Vm {
             .create_vcpu(index)
             .map_err(|e| Error::new("KVM_CREATE_VCPU", format!("vCPU {index}"), e))?;
         Ok(Vcpu::new(fd, index))
+    }
+
+    /// `KVM_CAP_MAX_VCPUS`: how many vCPUs a VM can have here.
+    pub fn max_vcpus(&self) -> u32 {
+        self.kvm.get_max_vcpus().try_into().unwrap_or(u32::MAX)
+    }
+
+    /// Whether `KVM_CREATE_DEVICE` knows the kind `kind`; none is made.
+    pub fn has_device(&self, kind: u32) -> bool {
+        let mut request = kvm_create_device {
+            type_: kind,
+            fd: 0,
+            flags: KVM_CREATE_DEVICE_TEST,
+        };
+        self.fd.create_device(&mut request).is_ok()
     }
 
     /// `KVM_CREATE_DEVICE` of the kind `kind`, a `KVM_DEV_TYPE_*`; `name` stands in errors.

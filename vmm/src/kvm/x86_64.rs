@@ -230,6 +230,18 @@ impl Vcpu {
             .map_err(|e| self.error("KVM_SET_TSC_KHZ", e))
     }
 
+    /// Lets the TSC be `ns` further than it is. A host whose TSC has no fixed frequency leaves it.
+    pub fn advance_tsc(&self, ns: u64) -> Result<()> {
+        const MSR_TSC: u32 = 0x10;
+        let Some(khz) = self.tsc_khz() else {
+            return Ok(());
+        };
+        let ticks = u128::from(ns) * u128::from(khz) / 1_000_000;
+        let msrs = self.msrs(&[MSR_TSC])?;
+        let later = |&(index, tsc): &(u32, u64)| (index, tsc.wrapping_add(ticks as u64));
+        self.set_msrs(&msrs.iter().map(later).collect::<Vec<_>>())
+    }
+
     /// Those of `indices` that `KVM_GET_MSRS` can read on this vCPU, which has its CPUID. The
     /// index list is the host's; an MSR whose CPUID feature the vCPU lacks is refused.
     pub fn readable_msrs(&self, indices: &[u32]) -> Vec<u32> {

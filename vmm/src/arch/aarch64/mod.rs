@@ -26,9 +26,14 @@ pub use boot::{Entry, load};
 pub use layout::{PCI, ram_layout};
 pub use vcpu::{init_vcpu, set_entry, vcpu_state};
 
-use super::Mapped;
+use kvm_bindings::{
+    kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_ITS, kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_V3,
+};
+
+use super::{GuestClock, Mapped};
+use crate::check::{Finding, has};
 use crate::devices::DeviceState;
-use crate::kvm::{self, Vcpu, Vm};
+use crate::kvm::{self, Capability, Vcpu, Vm};
 use crate::memory::GuestRam;
 use crate::payload::{self, linux};
 use crate::probes::Errno;
@@ -39,6 +44,10 @@ use timer::Vtimer;
 
 /// The architecture's name in the migration stream.
 pub const NAME: &str = "aarch64";
+
+/// What guests' clocks do during a migration unless said otherwise: the architecture has no way to
+/// tell a guest that it was stopped, and one whose timers all fire at once may take that for a hang.
+pub const GUEST_CLOCK: GuestClock = GuestClock::Freeze;
 
 /// The board could not be built.
 #[derive(Debug, thiserror::Error)]
@@ -86,16 +95,53 @@ impl Errno for Error {
     }
 }
 
+/// What KVM has of this board.
+pub fn check(vm: &Vm) -> Vec<Finding> {
+    let device = |kind, what: &str, without| Finding {
+        what: what.to_owned(),
+        there: vm.has_device(kind),
+        needed: true,
+        without,
+    };
+    vec![
+        device(
+            kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_V3,
+            "GICv3",
+            "interrupts",
+        ),
+        device(
+            kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_ITS,
+            "ITS",
+            "PCI interrupts",
+        ),
+        has(
+            vm,
+            Capability::ArmPsci02,
+            "PSCI 0.2",
+            true,
+            "second vCPUs, and no shutdowns",
+        ),
+        has(
+            vm,
+            Capability::MsiDevid,
+            "interrupts that name their device",
+            true,
+            "PCI interrupts",
+        ),
+    ]
+}
+
 /// The interrupt controller and the counter.
 pub struct Irqchip {
     gic: Gic,
     its: Its,
     vtimer: Option<Vtimer>,
+    guest_clock: GuestClock,
 }
 
 impl Irqchip {
     /// Creates GIC and ITS. The vCPUs come after it.
-    pub fn create(vm: &Arc<Vm>, vcpus: u32) -> Result<Self, Error> {
+    pub fn create(vm: &Arc<Vm>, vcpus: u32, guest_clock: GuestClock) -> Result<Self, Error> {
         let max = layout::VCPUS_MAX.min(vm.max_vcpus());
         if !(1..=max).contains(&vcpus) {
             return Err(Error::Vcpus { asked: vcpus, max });
@@ -106,6 +152,7 @@ impl Irqchip {
             gic,
             its,
             vtimer: None,
+            guest_clock,
         })
     }
 
@@ -118,7 +165,9 @@ impl Irqchip {
         }
         self.gic.init(affinities)?;
         self.its.init()?;
-        self.vtimer = vcpus.first().map(|first| Vtimer::new(Arc::clone(first)));
+        self.vtimer = vcpus
+            .first()
+            .map(|first| Vtimer::new(Arc::clone(first), self.guest_clock));
         Ok(())
     }
 

@@ -2,6 +2,10 @@
 //!
 //! QEMU's `hw/i386/kvm/clock.c` does the same: read the clock on a stop, set it back on a start,
 //! and tell each vCPU that it was stopped. x86-64 has no ITS; this is what its hop 7 is.
+//!
+//! A guest that comes from another host may be given the time that its way took
+//! ([`GuestClock::Advance`]): kvmclock from the stop on, and the TSC, which runs on while a VM is
+//! stopped, from when the vCPUs were saved. Which of the two a guest tells the time by is its choice.
 
 use std::ffi::CStr;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -9,6 +13,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 use serde::{Deserialize, Serialize};
 
 use super::at_stop::AtStop;
+use crate::arch::{GuestClock, passed_since, realtime_ns};
 use crate::devices::{DeviceState, StateError, decode, encode};
 use crate::kvm::{self, Vcpu, Vm};
 use crate::probes::{self, Guarded};
@@ -18,8 +23,19 @@ use crate::runstate::{CallbackError, RunState, StateHandler};
 #[derive(Clone, Debug)]
 pub(super) struct Clock {
     vm: Arc<Vm>,
-    /// ns.
-    stopped_at: AtStop<u64>,
+    stopped_at: AtStop<Stopped>,
+    guest_clock: GuestClock,
+}
+
+/// The clock on a stop, or as it is to be on the next start.
+#[derive(Clone, Copy, Debug, Serialize, Deserialize)]
+struct Stopped {
+    /// kvmclock, ns.
+    ns: u64,
+    /// When that was: `CLOCK_REALTIME`, ns.
+    at: u64,
+    /// By how much the TSCs are late, ns.
+    tsc_late: u64,
 }
 
 /// Reads the clock on a stop, sets it on a start.
@@ -31,9 +47,21 @@ pub(super) struct ClockHandler {
 
 impl Clock {
     /// The clock of `vm`.
-    pub(super) fn new(vm: Arc<Vm>) -> Self {
-        let stopped_at = AtStop::default();
-        Clock { vm, stopped_at }
+    pub(super) fn new(vm: Arc<Vm>, guest_clock: GuestClock) -> Self {
+        Clock {
+            vm,
+            stopped_at: AtStop::default(),
+            guest_clock,
+        }
+    }
+
+    fn read(&self) -> Result<Stopped, kvm::Error> {
+        let ns = self.vm.clock()?;
+        Ok(Stopped {
+            ns,
+            at: realtime_ns(),
+            tsc_late: 0,
+        })
     }
 
     /// What stops and starts it; `vcpus` are all that the VM has.
@@ -47,19 +75,22 @@ impl Clock {
 
 impl ClockHandler {
     fn stop(&self) -> Result<(), kvm::Error> {
-        let ns = probes::kvm_get_clock().run(|_| self.clock.vm.clock())?;
-        self.clock.stopped_at.set(ns);
+        let stopped = probes::kvm_get_clock().run(|_| self.clock.read())?;
+        self.clock.stopped_at.set(stopped);
         Ok(())
     }
 
     fn start(&self) -> Result<(), kvm::Error> {
-        let Some(ns) = self.clock.stopped_at.get() else {
+        let Some(stopped) = self.clock.stopped_at.get() else {
             return Ok(());
         };
         probes::kvm_set_clock().run(|_| {
-            self.clock.vm.set_clock(ns)?;
+            self.clock.vm.set_clock(stopped.ns)?;
             self.vcpus.iter().try_for_each(|vcpu| {
                 let vcpu = vcpu.lock().unwrap_or_else(PoisonError::into_inner);
+                if stopped.tsc_late > 0 {
+                    vcpu.advance_tsc(stopped.tsc_late)?;
+                }
                 vcpu.kvmclock_ctrl()
             })
         })
@@ -84,11 +115,14 @@ impl StateHandler for ClockHandler {
     }
 }
 
-const STATE_VERSION: u32 = 1;
+const STATE_VERSION: u32 = 2;
 
 #[derive(Serialize, Deserialize)]
 struct Saved {
     ns: u64,
+    /// When that was, and when the vCPUs' TSCs were read: `CLOCK_REALTIME`, ns.
+    at: u64,
+    saved_at: u64,
 }
 
 impl DeviceState for Clock {
@@ -101,16 +135,24 @@ impl DeviceState for Clock {
     }
 
     fn save(&mut self) -> Result<Vec<u8>, StateError> {
-        let ns = match self.stopped_at.get() {
-            Some(ns) => ns,
-            None => self.vm.clock()?,
+        let Stopped { ns, at, .. } = match self.stopped_at.get() {
+            Some(stopped) => stopped,
+            None => self.read()?,
         };
-        encode(&Saved { ns })
+        // The vCPUs have been saved a moment ago.
+        let saved_at = realtime_ns();
+        encode(&Saved { ns, at, saved_at })
     }
 
+    /// The clock is set when the VM starts, not now; what time it has lost by now is added here.
     fn load(&mut self, version: u32, state: &[u8]) -> Result<(), StateError> {
-        let Saved { ns } = decode(STATE_VERSION, version, state)?;
-        self.stopped_at.set(ns);
+        let Saved { ns, at, saved_at } = decode(STATE_VERSION, version, state)?;
+        let (lost, tsc_late) = match self.guest_clock {
+            GuestClock::Advance => (passed_since(at), passed_since(saved_at)),
+            GuestClock::Freeze => (0, 0),
+        };
+        let ns = ns.saturating_add(lost);
+        self.stopped_at.set(Stopped { ns, at, tsc_late });
         Ok(())
     }
 }

@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 use super::clock::Clock;
 use super::pit::Pit;
 use super::{Error, layout};
-use crate::arch::Mapped;
+use crate::arch::{GuestClock, Mapped};
 use crate::devices::{DeviceState, StateError, decode, encode};
 use crate::kvm::{Vcpu, Vm};
 use crate::memory::GuestRam;
@@ -28,10 +28,10 @@ pub struct Irqchip {
 
 impl Irqchip {
     /// Creates them, before the vCPUs: a vCPU gets its local APIC when it is created.
-    pub fn create(vm: &Arc<Vm>, _vcpus: u32) -> Result<Self, Error> {
+    pub fn create(vm: &Arc<Vm>, _vcpus: u32, guest_clock: GuestClock) -> Result<Self, Error> {
         vm.create_irqchip(layout::KVM_TSS, layout::KVM_IDENTITY_MAP)?;
         Ok(Irqchip {
-            clock: Clock::new(Arc::clone(vm)),
+            clock: Clock::new(Arc::clone(vm), guest_clock),
             pit: Pit::new(Arc::clone(vm)),
             vm: Arc::clone(vm),
         })

@@ -27,13 +27,71 @@ pub use vcpu::{init_vcpu, vcpu_state};
 pub use crate::devices::serial::Serial as Uart;
 
 use std::io;
+use std::path::Path;
 
+use crate::arch::GuestClock;
+use crate::check::{Finding, has};
+use crate::kvm::{Capability, Vm};
 use crate::payload::linux::Error as LinuxError;
 use crate::probes::Errno;
 use crate::{kvm, memory, payload};
 
 /// This architecture's name in the migration stream.
 pub const NAME: &str = "x86_64";
+
+/// What guests' clocks do during a migration unless said otherwise: kvmclock can tell a guest that it
+/// was stopped, so its watchdogs do not mind, and its time stays right.
+pub const GUEST_CLOCK: GuestClock = GuestClock::Advance;
+
+/// What KVM has of this board.
+pub fn check(vm: &Vm) -> Vec<Finding> {
+    use Capability::{AdjustClock, Irqchip, Pit2, TscControl, TscDeadlineTimer, Xsave2};
+    let module = |name: &str| Path::new("/sys/module").join(name).exists();
+    vec![
+        has(
+            vm,
+            Irqchip,
+            "PICs, I/O APIC and local APICs",
+            true,
+            "interrupts",
+        ),
+        has(vm, Pit2, "PIT", true, "timers at boot"),
+        has(
+            vm,
+            AdjustClock,
+            "kvmclock that can be set",
+            true,
+            "migrations",
+        ),
+        has(
+            vm,
+            Xsave2,
+            "states of large CPU features",
+            false,
+            "guests have no AMX",
+        ),
+        has(
+            vm,
+            TscDeadlineTimer,
+            "deadline timers",
+            false,
+            "timers take more exits",
+        ),
+        has(
+            vm,
+            TscControl,
+            "scaled TSCs",
+            false,
+            "a guest moves only to hosts whose TSC is as fast",
+        ),
+        Finding {
+            what: "a CPU's own virtualization".to_owned(),
+            there: module("kvm_intel") || module("kvm_amd") || !module("kvm_pvm"),
+            needed: false,
+            without: "only bare-metal guests run, and slowly: PVM boots no stock Linux",
+        },
+    ]
+}
 
 /// A machine of this architecture could not be built.
 #[derive(Debug, thiserror::Error)]
