@@ -16,5 +16,6 @@ mod perfetto;
 mod probes;
 mod qmp;
 mod reset;
+mod shutdown;
 mod state;
 mod trace;

@@ -26,6 +26,11 @@ pub enum Error {
     /// The machine can't boot again.
     #[error("reset")]
     Reset(#[from] ResetError),
+    /// The guest is on its way out and can't be handed over.
+    #[error(
+        "the guest has asked to be switched off or reset, or failed, and has no future to migrate"
+    )]
+    GuestEnds,
     /// Output that was under way could not be finished.
     #[error("drain")]
     Drain(#[source] io::Error),
@@ -37,6 +42,7 @@ impl Errno for Error {
             Error::State(_) => libc::EINVAL,
             Error::Handler(error) => error.errno(),
             Error::Reset(error) => error.errno(),
+            Error::GuestEnds => libc::ECANCELED,
             Error::Drain(error) | Error::Claim(error) => error.errno(),
         }
     }
@@ -106,9 +112,14 @@ pub fn vm_start(machine: &mut Machine) -> Result<(), Error> {
 /// When the state does not allow it or there is nothing to boot: nothing happened. When something
 /// fails on the way: the VM is [`RunState::InternalError`].
 pub fn system_reset(machine: &mut Machine, guest: bool, reason: &'static str) -> Result<(), Error> {
-    let was_running = machine.run_state().is_running();
+    let (from, to) = (machine.run_state(), RunState::Prelaunch);
+    let was_running = from.is_running();
+    if from == RunState::FinishMigrate {
+        // A failed switchover may go back there; nobody else.
+        return Err(IllegalTransition { from, to }.into());
+    }
     if !was_running {
-        machine.run_state().change(RunState::Prelaunch)?;
+        from.change(to)?;
     }
     if !machine.can_reset() {
         return Err(ResetError::NoProgram.into());
@@ -121,6 +132,7 @@ pub fn system_reset(machine: &mut Machine, guest: bool, reason: &'static str) ->
             tracing::warn!(%error, "on the way to a reset");
         }
     }
+    machine.guest_requests().forget();
     let done = boot_again(machine, was_running);
     match &done {
         Ok(()) => machine.emit(Event::Reset { guest, reason }),

@@ -25,7 +25,9 @@ use crate::kvm::{self, Vcpu, Vm};
 use crate::memory::{self, GuestRam};
 use crate::payload::Program;
 use crate::probes::{self, Errno};
-use crate::runstate::{Event, EventSender, IllegalTransition, NotifyList, Request, RunState};
+use crate::runstate::{
+    Event, EventSender, GuestRequests, IllegalTransition, NotifyList, Request, RunState,
+};
 use crate::vcpu::{Buses, Vcpus};
 use reset::Boot;
 
@@ -132,6 +134,7 @@ pub struct Machine {
     state: RunState,
     autostart: bool,
     events: EventSender,
+    requests: GuestRequests,
     vm: Arc<Vm>,
     ram: GuestRam,
 }
@@ -153,7 +156,8 @@ impl Machine {
         let mut irqchip = arch::Irqchip::create(&vm, config.vcpus, config.guest_clock)?;
         let vcpus = create_vcpus(&vm, config.vcpus)?;
         irqchip.init(&vcpus)?;
-        let board = arch::Board::new(&vm, config.console, requests)?;
+        let requests = GuestRequests::new(requests.clone());
+        let board = arch::Board::new(&vm, config.console, &requests)?;
         let pci = pci(&vm, &ram, &config.pci)?;
         let buses = buses(&board, &pci);
 
@@ -185,7 +189,7 @@ impl Machine {
         // After the interrupt controller and every function: it connects the two.
         devices.push(Box::new(BusState(Arc::clone(&pci))));
 
-        let vcpus = Vcpus::spawn(vcpus, &Arc::new(buses), requests).map_err(Error::Threads)?;
+        let vcpus = Vcpus::spawn(vcpus, &Arc::new(buses), &requests).map_err(Error::Threads)?;
         let state = RunState::Prelaunch;
         Ok(Machine {
             vcpus,
@@ -198,6 +202,7 @@ impl Machine {
             state,
             autostart: true,
             events,
+            requests,
             vm,
             ram,
         })
@@ -215,6 +220,11 @@ impl Machine {
     pub fn set_state(&mut self, state: RunState) -> Result<(), IllegalTransition> {
         self.state = self.state.change(state)?;
         Ok(())
+    }
+
+    /// What the guest, or a vCPU that can't go on, asked the main loop for.
+    pub(crate) fn guest_requests(&self) -> &GuestRequests {
+        &self.requests
     }
 
     /// Whether the VM runs once an incoming migration is complete, or stays paused.

@@ -32,8 +32,9 @@ impl Stop {
 /// caller is the migration's thread and holds the machine's lock.
 ///
 /// # Errors
-/// When a state handler fails, as when the ITS can't save its tables. The vCPUs are paused then,
-/// and `stop` says how the VM is to go on.
+/// When a state handler fails, as when the ITS can't save its tables. Or when the guest has just asked
+/// to be switched off: its vCPUs are off already, so a destination would have a guest that never runs,
+/// and nobody there would know why. The vCPUs are paused then, and `stop` says how the VM is to go on.
 pub(super) fn migration_stop_vm(
     machine: &mut Machine,
     stop: &mut Stop,
@@ -42,7 +43,12 @@ pub(super) fn migration_stop_vm(
     probes::downtime_start(stop.id);
     probes::migration_stop_vm(state.c_name()).run(|_| {
         stop.downtime_start_ns = Some(monotonic_ns());
-        stop.vm_old_state = Some(machine.run_state());
-        control::vm_stop_force_state(machine, state)
+        let old = machine.run_state();
+        stop.vm_old_state = Some(old);
+        control::vm_stop_force_state(machine, state)?;
+        if old.is_running() && machine.guest_requests().are_pending() {
+            return Err(control::Error::GuestEnds);
+        }
+        Ok(())
     })
 }

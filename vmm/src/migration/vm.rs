@@ -110,7 +110,13 @@ impl SourceVm for SharedMachine {
     }
 
     fn migration_stop_vm(&self, stop: &mut stop::Stop) -> Result<(), control::Error> {
-        stop::migration_stop_vm(&mut lock(self), stop)
+        let mut machine = lock(self);
+        let stopped = stop::migration_stop_vm(&mut machine, stop);
+        if let (Err(control::Error::GuestEnds), Some(old)) = (&stopped, stop.vm_old_state) {
+            // At once, so that the main loop finds the guest as it was when it asked.
+            continue_in(&mut machine, old)?;
+        }
+        stopped
     }
 
     fn save_device(&self, index: usize) -> Result<SavedDevice, StateError> {

@@ -3,6 +3,8 @@
 
 use std::fmt;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::Sender;
 
 /// Where the machine and the migration put events.
 ///
@@ -111,4 +113,60 @@ pub enum Request {
     Quit,
     /// A signal that asks the process to end.
     Signal,
+}
+
+/// Where a vCPU, or a device that it writes to, puts what it wants of the main loop.
+#[derive(Clone, Debug)]
+pub struct GuestRequests {
+    requests: Sender<Request>,
+    pending: Arc<AtomicBool>,
+}
+
+impl GuestRequests {
+    /// What arrives goes on to `requests`.
+    pub fn new(requests: Sender<Request>) -> Self {
+        GuestRequests {
+            requests,
+            pending: Arc::default(),
+        }
+    }
+
+    /// Asks for something; called on a vCPU's thread.
+    pub fn send(&self, request: Request) {
+        self.pending.store(true, Ordering::Release);
+        // The receiver only goes away when the process ends.
+        let _ = self.requests.send(request);
+    }
+
+    /// Whether anything was asked for that ends this run of the guest. With the vCPUs paused the
+    /// answer stays; the main loop may not have heard of it yet.
+    pub fn are_pending(&self) -> bool {
+        self.pending.load(Ordering::Acquire)
+    }
+
+    /// The machine boots again, with the vCPUs paused: nobody has asked for anything.
+    pub fn forget(&self) {
+        self.pending.store(false, Ordering::Release);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::sync::mpsc;
+
+    use super::*;
+
+    #[test]
+    fn what_a_guest_asked_for_is_known_before_anybody_has_answered() {
+        let (sender, receiver) = mpsc::channel();
+        let requests = GuestRequests::new(sender);
+        let device = requests.clone();
+        assert!(!requests.are_pending());
+        device.send(Request::Shutdown);
+        assert!(requests.are_pending());
+        assert_eq!(receiver.recv().unwrap(), Request::Shutdown);
+        assert!(requests.are_pending());
+        requests.forget();
+        assert!(!device.are_pending());
+    }
 }

@@ -4,6 +4,6 @@ pub mod event;
 pub mod notify;
 pub mod states;
 
-pub use event::{Event, EventSender, EventSink, Request};
+pub use event::{Event, EventSender, EventSink, GuestRequests, Request};
 pub use notify::{CallbackError, HandlerError, NotifyList, StateHandler};
 pub use states::{IllegalTransition, RunState};

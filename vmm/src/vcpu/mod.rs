@@ -4,12 +4,11 @@ pub mod pause;
 pub mod run;
 
 use std::io;
-use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex};
 use std::thread::{self, JoinHandle};
 
 use crate::kvm::{Kick, Vcpu};
-use crate::runstate::Request;
+use crate::runstate::GuestRequests;
 use pause::{Gate, Want};
 pub use run::Buses;
 
@@ -33,7 +32,7 @@ impl Vcpus {
     pub fn spawn(
         vcpus: Vec<Arc<Mutex<Vcpu>>>,
         buses: &Arc<Buses>,
-        requests: &Sender<Request>,
+        requests: &GuestRequests,
     ) -> io::Result<Self> {
         pause::handle_kick_signal()?;
         let gate = Arc::new(Gate::default());

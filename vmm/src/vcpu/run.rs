@@ -1,6 +1,5 @@
 //! A vCPU's thread: pass the gate, enter the guest, settle the exit.
 
-use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, PoisonError};
 
 use kvm_bindings::{KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN};
@@ -9,7 +8,7 @@ use super::pause::{Gate, Want};
 use crate::devices::bus::Bus;
 use crate::kvm::{Exit, Kick, Vcpu};
 use crate::probes::{self, Errno};
-use crate::runstate::Request;
+use crate::runstate::{GuestRequests, Request};
 use crate::spanlog::monotonic_ns;
 
 /// The address spaces that exits reach.
@@ -28,7 +27,7 @@ pub(super) struct Runner {
     pub(super) kick: Kick,
     pub(super) gate: Arc<Gate>,
     pub(super) buses: Arc<Buses>,
-    pub(super) requests: Sender<Request>,
+    pub(super) requests: GuestRequests,
 }
 
 impl Runner {
@@ -55,8 +54,7 @@ impl Runner {
             let request = self.enter();
             exit_ns = Some(monotonic_ns());
             if let Some(request) = request {
-                // The receiver only goes away when the process ends.
-                let _ = self.requests.send(request);
+                self.requests.send(request);
                 self.gate.wait_while_running();
             }
         }

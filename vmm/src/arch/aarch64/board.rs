@@ -1,7 +1,6 @@
 //! The devices of the board that the monitor emulates: console, clock of the day, power button.
 
 use std::io;
-use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::Duration;
@@ -16,7 +15,7 @@ use crate::devices::pl031::Pl031;
 use crate::devices::pl061::Pl061;
 use crate::devices::serial::Output;
 use crate::kvm::Vm;
-use crate::runstate::Request;
+use crate::runstate::GuestRequests;
 
 /// How long the power button is held: longer than drivers debounce it, as in QEMU's `gpio_key`.
 const PRESS: Duration = Duration::from_millis(100);
@@ -30,7 +29,7 @@ pub struct Board {
 
 impl Board {
     /// Makes them. Their interrupts need the GIC only once the guest runs.
-    pub fn new(vm: &Arc<Vm>, output: Output, _requests: &Sender<Request>) -> Result<Self, Error> {
+    pub fn new(vm: &Arc<Vm>, output: Output, _requests: &GuestRequests) -> Result<Self, Error> {
         Ok(Board {
             serial: Uart::new(line(vm, SERIAL_SPI), output),
             rtc: Pl031::default(),

@@ -1,7 +1,6 @@
 //! The devices of the board that the monitor emulates: COM1, the power management ports.
 
 use std::io;
-use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex};
 
 use vmm_sys_util::eventfd::EventFd;
@@ -13,7 +12,7 @@ use crate::devices::DeviceState;
 use crate::devices::line::Line;
 use crate::devices::serial::Output;
 use crate::kvm::Vm;
-use crate::runstate::Request;
+use crate::runstate::GuestRequests;
 
 /// The board's devices.
 pub struct Board {
@@ -25,7 +24,7 @@ pub struct Board {
 impl Board {
     /// Makes them, once the interrupt controllers are there. What the guest asks of them goes to
     /// `requests`.
-    pub fn new(vm: &Arc<Vm>, output: Output, requests: &Sender<Request>) -> Result<Self, Error> {
+    pub fn new(vm: &Arc<Vm>, output: Output, requests: &GuestRequests) -> Result<Self, Error> {
         let irqfd = EventFd::new(libc::EFD_NONBLOCK | libc::EFD_CLOEXEC).map_err(Error::Irqfd)?;
         vm.register_irqfd(&irqfd, layout::SERIAL_GSI)?;
         let sci = Arc::clone(vm);

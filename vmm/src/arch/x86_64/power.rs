@@ -3,7 +3,6 @@
 //! PCs reset by.
 
 use std::ffi::CStr;
-use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use serde::{Deserialize, Serialize};
@@ -12,7 +11,7 @@ use super::layout;
 use crate::arch::BoardDevice;
 use crate::devices::line::Line;
 use crate::devices::{BusDevice, DeviceState, StateError, decode, encode};
-use crate::runstate::Request;
+use crate::runstate::{GuestRequests, Request};
 
 /// The PM1 registers. Clones share them: the bus, the migration and whoever presses the button.
 #[derive(Clone, Debug)]
@@ -24,7 +23,7 @@ pub(super) struct PowerManagement {
 struct Pm1 {
     registers: Registers,
     sci: Line,
-    requests: Sender<Request>,
+    requests: GuestRequests,
 }
 
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
@@ -48,7 +47,7 @@ const SLEEP_ENABLE: u16 = 1 << 13;
 
 impl PowerManagement {
     /// Registers as after a reset; `sci` is the ACPI interrupt.
-    pub(super) fn new(sci: Line, requests: Sender<Request>) -> Self {
+    pub(super) fn new(sci: Line, requests: GuestRequests) -> Self {
         PowerManagement {
             pm1: Arc::new(Mutex::new(Pm1 {
                 registers: Registers::default(),
@@ -101,8 +100,7 @@ impl Pm1 {
             4 | 5 => {
                 registers.control = replace(registers.control) & !SLEEP_ENABLE;
                 if value & SLEEP_ENABLE != 0 {
-                    // The receiver only goes away when the process ends.
-                    let _ = self.requests.send(Request::Shutdown);
+                    self.requests.send(Request::Shutdown);
                 }
             }
             _ => {}
@@ -152,7 +150,7 @@ impl DeviceState for PowerManagement {
 }
 
 /// The ports that reset a PC.
-pub(super) fn reset_ports(requests: &Sender<Request>) -> Vec<BoardDevice> {
+pub(super) fn reset_ports(requests: &GuestRequests) -> Vec<BoardDevice> {
     let port = |base, mask, resets| BoardDevice {
         base,
         size: 1,
@@ -171,7 +169,7 @@ pub(super) fn reset_ports(requests: &Sender<Request>) -> Vec<BoardDevice> {
 
 /// A port that reads as 0, "idle", and resets the machine when the bits of `mask` are `resets`.
 struct ResetPort {
-    requests: Sender<Request>,
+    requests: GuestRequests,
     mask: u8,
     resets: u8,
 }
@@ -185,8 +183,7 @@ impl BusDevice for ResetPort {
         if let [byte] = *data
             && byte & self.mask == self.resets
         {
-            // The receiver only goes away when the process ends.
-            let _ = self.requests.send(Request::Reset);
+            self.requests.send(Request::Reset);
         }
     }
 }
@@ -206,7 +203,11 @@ mod tests {
             Ok(())
         });
         let (sender, requests) = channel();
-        (PowerManagement::new(line, sender), level, requests)
+        (
+            PowerManagement::new(line, GuestRequests::new(sender)),
+            level,
+            requests,
+        )
     }
 
     #[test]
@@ -239,7 +240,7 @@ mod tests {
         ];
         for (port, data, resets) in rows {
             let (sender, requests) = channel();
-            let ports = reset_ports(&sender);
+            let ports = reset_ports(&GuestRequests::new(sender));
             let found = ports.iter().find(|device| device.base == *port).unwrap();
             found.device.lock().unwrap().write(0, data);
             assert_eq!(
