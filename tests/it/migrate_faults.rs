@@ -218,6 +218,26 @@ fn a_connection_lost_after_the_destination_started() -> Result<()> {
 }
 
 #[test]
+fn a_destination_that_is_told_to_quit_while_it_waits_for_the_commit() -> Result<()> {
+    let mut faulty = Faulty::new(Way::ToSource, At::Message(kind::LOADED, 0), Act::Hold)?;
+    faulty.hold()?;
+    let asked = Instant::now();
+    faulty.destination.vmm.qmp.execute("quit", Value::Null)?;
+    faulty.destination.vmm.wait_exit(LIMIT)?;
+    let took = asked.elapsed();
+    ensure!(took < Duration::from_secs(15), "{took:?}");
+    faulty.proxy.release();
+    // Whether the source hears of the end before it commits is a matter of who is quicker.
+    let answer = faulty.source.vmm.qmp.wait_migrated(LIMIT)?;
+    if answer["status"] == "unknown" {
+        faulty.source.vmm.qmp.execute("cont", Value::Null)?;
+    } else {
+        ensure!(answer["status"] == "failed", "{answer}");
+    }
+    faulty.source.runs()
+}
+
+#[test]
 fn a_source_killed_before_the_commit() -> Result<()> {
     let mut faulty = Faulty::new(Way::ToSource, At::Message(kind::LOADED, 0), Act::Hold)?;
     faulty.hold()?;

@@ -151,6 +151,16 @@ impl Board {
         }
     }
 
+    /// The process is about to end, whoever has the guest: what the migration's thread still waits
+    /// for on the connection fails, also past the point of no return. The other side can't tell it
+    /// from the end of the process.
+    pub(super) fn abandon(&self) {
+        self.cancel();
+        if let Some(connection) = &self.lock().connection {
+            let _ = connection.shutdown(std::net::Shutdown::Both);
+        }
+    }
+
     /// Whether the migration was cancelled.
     pub(super) fn is_cancelled(&self) -> bool {
         self.lock().cancelled
@@ -372,6 +382,17 @@ mod tests {
         board.cancel();
         assert!(!board.is_cancelled());
         assert_eq!(board.query().status, Some(MigrationStatus::Setup));
+    }
+
+    #[test]
+    fn past_the_point_of_no_return_an_end_of_the_process_still_wakes_the_thread() {
+        let board = begun();
+        let (mut here, _there) = Socket::pair(Domain::UNIX, Type::STREAM, None).unwrap();
+        board.attach(here.try_clone().unwrap()).unwrap();
+        board.seal().unwrap();
+        board.abandon();
+        assert!(!board.is_cancelled());
+        assert_eq!(here.read(&mut [0]).unwrap(), 0);
     }
 
     #[test]

@@ -14,9 +14,6 @@ use crate::socket::{self, SocketFile};
 
 /// How long one address has to answer.
 const CONNECT_TIMEOUT: Duration = Duration::from_secs(10);
-/// How long the other side may be silent when something is expected of it, or leave unread what it
-/// was sent. A side that is dead, or cut off, is given up then.
-const PEER_TIMEOUT: Duration = Duration::from_secs(30);
 
 /// There is no connection.
 #[derive(Debug, thiserror::Error)]
@@ -205,8 +202,7 @@ fn configure(socket: &Socket) -> io::Result<()> {
     if socket.domain()? != Domain::UNIX {
         socket.set_tcp_nodelay(true)?;
     }
-    socket.set_read_timeout(Some(PEER_TIMEOUT))?;
-    socket.set_write_timeout(Some(PEER_TIMEOUT))
+    Ok(())
 }
 
 fn addresses(uri: &Uri) -> Result<Vec<SockAddr>, Error> {

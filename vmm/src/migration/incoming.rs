@@ -4,10 +4,8 @@
 use std::ffi::CString;
 use std::io;
 
-use socket2::Socket;
-
 use super::board::{Board, Cancelled, Report};
-use super::channel::Channel;
+use super::channel::{Channel, Patience};
 use super::connect::{self, Listener};
 use super::receiver::Receiver;
 use super::status::{MigrationStatus, describe};
@@ -80,11 +78,20 @@ impl Errno for Error {
 }
 
 /// Waits for the source on `listener`, takes the guest in, and writes the outcome to `board`.
-pub(super) fn run(vm: &impl TargetVm, listener: Listener, uri: &str, board: &Board) {
+pub(super) fn run(
+    vm: &impl TargetVm,
+    listener: Listener,
+    uri: &str,
+    patience: Patience,
+    board: &Board,
+) {
     let accepted = listener.accept(board).map_err(Error::from);
     let log = SpanLog::open();
     let mut report = Report::default();
-    let result = accepted.and_then(|socket| take_in(vm, socket, uri, board, &log, &mut report));
+    let result = accepted.and_then(|socket| {
+        let channel = Channel::new(socket, patience).map_err(Error::Session)?;
+        take_in(vm, channel, uri, board, &log, &mut report)
+    });
     let (status, error) = match &result {
         Ok(()) => (MigrationStatus::Completed, None),
         Err(_) if board.is_cancelled() => (MigrationStatus::Cancelled, None),
@@ -97,7 +104,7 @@ pub(super) fn run(vm: &impl TargetVm, listener: Listener, uri: &str, board: &Boa
 /// The migration itself, from the accepted connection, inside its span.
 fn take_in(
     vm: &impl TargetVm,
-    socket: Socket,
+    channel: Channel,
     uri: &str,
     board: &Board,
     log: &SpanLog,
@@ -107,7 +114,6 @@ fn take_in(
     probes::migrate_incoming(&text).run(|span| {
         let mut token = Token::default();
         getrandom::fill(&mut token).map_err(|e| Error::Session(e.into()))?;
-        let channel = Channel::new(socket).map_err(Error::Session)?;
         let mut receiver = Receiver::new(vm, channel, token);
         let result = receiver.run(board, log);
         let (id, first_run_ns) = (receiver.id(), receiver.first_run_ns());

@@ -3,7 +3,7 @@
 use socket2::Socket;
 
 use super::board::Board;
-use super::channel::Channel;
+use super::channel::{Channel, Patience};
 use super::clock::{Clock, Sample};
 use super::status::describe;
 use super::stream::Error;
@@ -89,17 +89,19 @@ impl Link {
         id: u64,
         token: Token,
         shape: &Shape,
+        patience: Patience,
     ) -> Result<Self, Error> {
-        let duplicate = |source| Error::Write { offset: 0, source };
+        let failed = |source| Error::Write { offset: 0, source };
         let mut link = Link {
-            channel: Channel::new(socket).map_err(duplicate)?,
+            channel: Channel::new(socket, patience).map_err(failed)?,
             clock: Clock::default(),
             token,
             their_token: Token::default(),
             flow: Flow::default(),
             commit_ns: 0,
         };
-        match link.greet(id, shape) {
+        let greeted = link.greet(id, shape);
+        match greeted.and_then(|()| link.channel.keep_alive().map_err(failed)) {
             Ok(()) => Ok(link),
             Err(error) => {
                 link.give_up(describe(&error));
@@ -277,15 +279,14 @@ impl Link {
         if self.channel.is_broken() {
             let offset = self.channel.received_bytes();
             let place = "where the destination should wait for the commit";
-            return Committed::No(Error::Truncated { offset, place });
+            let error = Error::Truncated { offset, place };
+            return Committed::No(self.channel.explain(error));
         }
-        let before = self.channel.sent_bytes();
         self.commit_ns = monotonic_ns();
-        match self.channel.send(&Commit {
-            token: self.their_token,
-        }) {
-            Err(error) if self.channel.sent_bytes() == before => Committed::No(error),
-            sent => Committed::Yes(sent),
+        let token = self.their_token;
+        match self.channel.try_send(&Commit { token }) {
+            (Err(error), false) => Committed::No(error),
+            (sent, _) => Committed::Yes(sent),
         }
     }
 

@@ -36,6 +36,7 @@ use crate::machine::SharedMachine;
 use crate::probes::Errno;
 use crate::runstate::{EventSender, RunState};
 use board::Board;
+pub use channel::Patience;
 use connect::Listener;
 pub use outgoing::Parameters;
 use status::{QueryMigrate, Side};
@@ -82,7 +83,7 @@ impl Errno for Error {
 
 /// The migrations of one machine, one at a time. What QMP and the command line use.
 ///
-/// Dropping it cancels what is under way and waits for the thread.
+/// Dropping it ends what is under way, as the end of the process does, and waits for the thread.
 pub struct Migrations {
     machine: SharedMachine,
     parameters: Parameters,
@@ -143,7 +144,8 @@ impl Migrations {
             Listener::bind(&uri).inspect_err(|error| self.board.fail(status::describe(error)))?;
         self.board.set_address(listener.address());
         let (machine, board) = (Arc::clone(&self.machine), Arc::clone(&self.board));
-        self.spawn(move || incoming::run(&machine, listener, &uri.to_string(), &board))
+        let patience = self.parameters.patience;
+        self.spawn(move || incoming::run(&machine, listener, &uri.to_string(), patience, &board))
     }
 
     /// Gives up the migration that is under way, unless the guest was handed over already. Returns
@@ -171,7 +173,7 @@ impl Migrations {
 
 impl Drop for Migrations {
     fn drop(&mut self) {
-        self.board.cancel();
+        self.board.abandon();
         join(
             self.thread
                 .get_mut()

@@ -5,6 +5,7 @@ use std::ffi::CString;
 use std::io;
 
 use super::board::{Board, Cancelled, MODE, Report};
+use super::channel::Patience;
 use super::clock::Clock;
 use super::commit::{Source, SourceEvent};
 use super::connect;
@@ -35,6 +36,8 @@ pub struct Parameters {
     /// Whether to compare a checksum of all RAM at the switchover. It adds to the downtime what
     /// reading all RAM takes, on both sides: for tests.
     pub verify_ram: bool,
+    /// When the other side is given up.
+    pub patience: Patience,
 }
 
 impl Default for Parameters {
@@ -43,6 +46,7 @@ impl Default for Parameters {
         Parameters {
             downtime_limit_ns: 300_000_000,
             verify_ram: false,
+            patience: Patience::default(),
         }
     }
 }
@@ -180,7 +184,7 @@ pub(super) fn run(vm: &impl SourceVm, uri: &Uri, parameters: &Parameters, board:
     let text = CString::new(uri.to_string()).unwrap_or_default();
     let mut span = probes::migrate(id, &text, MODE);
     let migrated = secrets.and_then(|(id, token)| {
-        let mut link = migration_connect(uri, id, token, &shape, board)?;
+        let mut link = migration_connect(uri, id, token, &shape, parameters.patience, board)?;
         let migrated = precopy::migration_thread(vm, &mut link, &mut attempt, parameters, board);
         clock = link.clock().clone();
         let concluded = conclude(vm, &mut attempt, migrated);
@@ -215,12 +219,13 @@ fn migration_connect(
     id: u64,
     token: Token,
     shape: &Shape,
+    patience: Patience,
     board: &Board,
 ) -> Result<Link, Error> {
     let text = CString::new(uri.to_string()).unwrap_or_default();
     probes::migration_connect(&text).run(|_| {
         let socket = connect::dial(uri, board)?;
-        Ok(Link::open(socket, id, token, shape)?)
+        Ok(Link::open(socket, id, token, shape, patience)?)
     })
 }
 

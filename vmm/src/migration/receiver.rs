@@ -148,7 +148,8 @@ impl<'a, V: TargetVm> Receiver<'a, V> {
             .decode("the source's introduction")?;
         self.vm.shape().accepts(&hello)?;
         (self.id, self.their_token) = (hello.id, hello.token);
-        Ok(self.channel.send(&Welcome { token: self.token })?)
+        self.channel.send(&Welcome { token: self.token })?;
+        self.channel.keep_alive().map_err(Error::Session)
     }
 
     /// Loads everything up to `end`, which has arrived when this returns.

@@ -111,6 +111,9 @@ messages! {
         /// What the destination did.
         spans: Vec<SpanRecord>,
     }
+    /// The sender is there, however long it is busy with something else. Comes at any time after the
+    /// introductions, and is not answered.
+    Alive {}
     /// The sender gives up. It has not run the guest, or does not need the other side to.
     Failure {
         /// Why: a chain of causes in one line.

@@ -38,7 +38,9 @@
 //!                  ◀───────────────────────    running
 //! ```
 //!
-//! In place of any message either side may send `failure`, its last, with the reason.
+//! In place of any message either side may send `failure`, its last, with the reason. Between any two
+//! messages after `welcome` either side sends `alive` every few seconds, so that one that is silent
+//! is one that is dead or cut off, and not one that reads all of its RAM for a checksum.
 //!
 //! What arrives is hostile. A frame's payload is read into memory only as far as it has arrived,
 //! nothing is acted upon before its checksum fits, and an error says at which byte it stands.

@@ -59,15 +59,6 @@ impl<R: Read> FrameReader<R> {
         self.offset
     }
 
-    /// Reads the next frame.
-    ///
-    /// # Errors
-    /// When the connection fails or ends, or when the frame is not what was sent.
-    pub(crate) fn next(&mut self) -> Result<Frame<'_>, Error> {
-        self.advance()?;
-        Ok(self.current())
-    }
-
     /// The frame that was read last.
     pub(crate) fn current(&self) -> Frame<'_> {
         let (kind, offset, len) = self.current;
@@ -78,7 +69,10 @@ impl<R: Read> FrameReader<R> {
         }
     }
 
-    /// Reads the next frame, as [`FrameReader::next`] does, and returns its kind alone.
+    /// Reads the next frame, and returns its kind; [`FrameReader::current`] has the rest of it.
+    ///
+    /// # Errors
+    /// When the connection fails or ends, or when the frame is not what was sent.
     pub(crate) fn advance(&mut self) -> Result<Kind, Error> {
         let start = self.offset;
         let mut header = [0; HEADER_LEN];
@@ -170,6 +164,13 @@ mod tests {
     use super::super::message::{Ack, Failure, Ping};
     use super::super::writer::FrameWriter;
     use super::*;
+
+    impl<R: Read> FrameReader<R> {
+        fn next(&mut self) -> Result<Frame<'_>, Error> {
+            self.advance()?;
+            Ok(self.current())
+        }
+    }
 
     fn stream() -> Vec<u8> {
         let mut writer = FrameWriter::new(Vec::new());

@@ -7,10 +7,12 @@ use std::ffi::CString;
 use std::io;
 use std::sync::{Arc, Mutex, MutexGuard};
 use std::thread;
+use std::time::Duration;
 
 use tempfile::TempDir;
 
 use super::board::Board;
+use super::channel::Patience;
 use super::connect::Listener;
 use super::status::{MigrationStatus, QueryMigrate, Side, Span};
 use super::stop::Stop;
@@ -55,6 +57,8 @@ struct Faults {
     save: bool,
     load: bool,
     start: bool,
+    /// Every device takes this long to save and to load.
+    slow: Duration,
     /// The guest writes this many pages between two looks at the dirty log.
     busy: u64,
     /// A page that changes without being in the dirty log.
@@ -184,6 +188,7 @@ impl SourceVm for Fake {
         if self.faults.save {
             return Err(StateError::Invalid("the device is on fire".into()));
         }
+        thread::sleep(self.faults.slow);
         let name = CString::new(DEVICES[index]).unwrap();
         Ok(SavedDevice {
             name,
@@ -223,6 +228,7 @@ impl TargetVm for Fake {
                 expected: 9,
             });
         }
+        thread::sleep(self.faults.slow);
         self.lock().devices[index] = state.to_vec();
         Ok(())
     }
@@ -282,7 +288,8 @@ impl Bench {
         );
         let listener = Listener::bind(&there).unwrap();
         let (vm, board, text) = (target.clone(), Arc::clone(&self.target), there.to_string());
-        let thread = thread::spawn(move || incoming::run(&vm, listener, &text, &board));
+        let patience = parameters.patience;
+        let thread = thread::spawn(move || incoming::run(&vm, listener, &text, patience, &board));
 
         let uri = through(there);
         let total = source.ram.size();

@@ -245,7 +245,9 @@ fn a_destination_that_waits_can_be_cancelled() {
         bench.target.begin(Side::Destination, uri.to_string(), None);
         let listener = Listener::bind(&uri).unwrap();
         let (vm, board) = (Fake::target(), Arc::clone(&bench.target));
-        let thread = thread::spawn(move || incoming::run(&vm, listener, "here", &board));
+        let thread = thread::spawn(move || {
+            incoming::run(&vm, listener, "here", Patience::default(), &board)
+        });
         bench.target.cancel();
         thread.join().unwrap();
         assert_eq!(
@@ -253,4 +255,40 @@ fn a_destination_that_waits_can_be_cancelled() {
             Some(MigrationStatus::Cancelled)
         );
     }
+}
+
+/// Migrates between two that take long for each device, with little patience and this pulse.
+fn migrate_slowly(slow: Duration, pulse: Duration) -> QueryMigrate {
+    let parameters = Parameters {
+        patience: Patience {
+            silence: Duration::from_millis(300),
+            pulse,
+        },
+        ..Parameters::default()
+    };
+    let source = Fake::source().with(|f| f.slow = slow);
+    let target = Fake::target().with(|f| f.slow = slow);
+    let outcome = Bench::new().migrate(&source, &target, parameters, |uri| uri);
+    check(&source, &target, &outcome);
+    outcome.source
+}
+
+#[test]
+fn a_side_that_is_busy_is_not_dead_and_one_that_is_silent_is() {
+    let busy = Duration::from_millis(900);
+    let alive = migrate_slowly(busy, Duration::from_millis(30));
+    assert_eq!(
+        alive.status,
+        Some(MigrationStatus::Completed),
+        "{:?}",
+        alive.error_desc
+    );
+    let silent = migrate_slowly(busy, Duration::from_secs(60));
+    assert_eq!(silent.status, Some(MigrationStatus::Failed));
+    // It is the destination that waited, and it said so before it hung up.
+    let error = silent.error_desc.unwrap();
+    assert!(
+        error.contains("gave up") && error.contains("timed out"),
+        "{error}"
+    );
 }
