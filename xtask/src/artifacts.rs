@@ -55,6 +55,8 @@ pub(crate) struct Artifacts {
     pub(crate) guest: PathBuf,
     /// One recorded migration of that guest, `blackout-scenario`.
     pub(crate) scenario: PathBuf,
+    /// One host of a migration between two, `blackout-host`.
+    pub(crate) host: PathBuf,
     /// What measures the ITS and GIC handlers, `bench-its`.
     pub(crate) bench_its: PathBuf,
     /// What measures dark times, `bench-downtime`.
@@ -116,6 +118,7 @@ pub(crate) fn build(platform: Platform) -> Result<Artifacts> {
         vmm: program("blackout-vmm")?,
         tool: program("blackout")?,
         scenario: program("blackout-scenario")?,
+        host: program("blackout-host")?,
         bench_its: program("bench-its")?,
         bench_downtime: program("bench-downtime")?,
         bench_throughput: program("bench-throughput")?,

@@ -120,10 +120,18 @@ impl Package {
     pub(crate) fn modules(self) -> impl Iterator<Item = &'static str> {
         let last: &[&str] = match (self.flavour, self.arch) {
             // The power button of guests that boot the same kernel; tap interfaces and the bridge
-            // between them.
-            (Flavour::Generic, Arch::Aarch64) => {
-                &["evdev", "gpio_keys", "llc", "stp", "bridge", "tun"]
-            }
+            // between them; the network between two testbeds.
+            (Flavour::Generic, Arch::Aarch64) => &[
+                "evdev",
+                "gpio_keys",
+                "llc",
+                "stp",
+                "bridge",
+                "tun",
+                "failover",
+                "net_failover",
+                "virtio_net",
+            ],
             (Flavour::Generic, Arch::X86_64) => &[
                 "irqbypass",
                 "kvm",

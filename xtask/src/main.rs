@@ -16,6 +16,7 @@ mod test;
 mod testbed;
 mod tidy;
 mod toolchain;
+mod two_hosts;
 
 use std::process::ExitCode;
 

@@ -14,7 +14,7 @@ use crate::artifacts::{self, Platform};
 use crate::kernel::{Arch, Kernel, Package, Series};
 use crate::setup::{self, Purpose};
 use crate::testbed::{STARTED_AGAIN, Testbed};
-use crate::{command, fuzz, linux, paths};
+use crate::{command, fuzz, linux, paths, two_hosts};
 
 /// Longer than any part takes on two slow cores; a test that hangs ends here.
 const TIMEOUT: Duration = Duration::from_secs(1800);
@@ -59,6 +59,8 @@ enum Part {
     Host,
     /// The same tests in the arm64 testbed.
     Testbed,
+    /// A migration between two testbeds, which are two hosts with two clocks.
+    TwoHosts,
     /// The tests with Linux guests in the x86-64 testbed: few development machines' KVM boots Linux.
     Nested,
 }
@@ -83,6 +85,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
             }
             Part::Host => host_tests(arguments, &mut tally)?,
             Part::Testbed => testbed_tests(arguments, &mut tally)?,
+            Part::TwoHosts => two_hosts_test(arguments, &mut tally),
             Part::Nested => nested_tests(arguments, &mut tally)?,
         }
     }
@@ -161,6 +164,26 @@ fn testbed_tests(arguments: &Arguments, tally: &mut Tally) -> Result<()> {
     println!("== integration tests in the testbed");
     let kernel = Package::testbed(arguments.kernel, Arch::Aarch64);
     in_testbed(kernel, arguments, libtest_arguments(arguments), tally)
+}
+
+/// One test, which no libtest runs: it is of two machines.
+fn two_hosts_test(arguments: &Arguments, tally: &mut Tally) {
+    const NAME: &str = "two_hosts::one_report_shows_both";
+    let wanted = |filter: &String| NAME.contains(filter.as_str());
+    if !arguments.filters.is_empty() && !arguments.filters.iter().any(wanted) {
+        return;
+    }
+    println!("== a migration between two testbeds");
+    match two_hosts::check(arguments.kernel) {
+        Ok(()) => {
+            println!("test {NAME} ... ok");
+            tally.ok += 1;
+        }
+        Err(error) => {
+            println!("test {NAME} ... FAILED\n{error:#}");
+            tally.failed += 1;
+        }
+    }
 }
 
 fn nested_tests(arguments: &Arguments, tally: &mut Tally) -> Result<()> {

@@ -7,6 +7,7 @@
 
 use std::collections::BTreeSet;
 use std::fs;
+use std::hash::{DefaultHasher, Hash, Hasher};
 use std::path::{Path, PathBuf};
 use std::process::{Command, ExitStatus};
 use std::time::{Duration, Instant};
@@ -35,6 +36,8 @@ pub(crate) struct Testbed {
     memory_mib: u32,
     files: Vec<(PathBuf, String)>,
     environment: Vec<(String, String)>,
+    /// Further arguments of QEMU.
+    devices: Vec<String>,
     folder: PathBuf,
 }
 
@@ -58,6 +61,7 @@ impl Testbed {
             memory_mib: 2048,
             files: Vec::new(),
             environment: Vec::new(),
+            devices: Vec::new(),
             folder: paths::target().join("testbed").join(name),
         }
     }
@@ -111,6 +115,23 @@ impl Testbed {
     /// Sets an environment variable of the program.
     pub(crate) fn env(mut self, name: impl Into<String>, value: impl Into<String>) -> Self {
         self.environment.push((name.into(), value.into()));
+        self
+    }
+
+    /// Gives it a network card, `eth0`, behind QEMU's network `backend`.
+    pub(crate) fn network(mut self, backend: &str) -> Self {
+        // Two testbeds on one network need different addresses.
+        let [.., a, b] = number_of(&self.folder).to_be_bytes();
+        let card = format!("virtio-net-pci,netdev=net,mac=52:54:00:77:{a:02x}:{b:02x}");
+        let arguments = ["-netdev", &format!("{backend},id=net"), "-device", &card];
+        self.devices.extend(arguments.map(str::to_owned));
+        self
+    }
+
+    /// Lets its clock begin at `date`.
+    pub(crate) fn clock(mut self, date: &str) -> Self {
+        self.devices
+            .extend(["-rtc".to_owned(), format!("base={date}")]);
         self
     }
 
@@ -289,6 +310,7 @@ impl Testbed {
                 "local,path={},mount_tag=share,security_model=none",
                 option(&self.share())
             ));
+        qemu.args(&self.devices);
         match self.mode {
             Mode::Function => qemu.args(["-accel", "tcg,thread=multi", "-smp", "2"]),
             Mode::Counting => qemu.args(["-icount", "shift=0,sleep=off", "-smp", "1"]),
@@ -337,6 +359,13 @@ impl Testbed {
     fn initramfs_file(&self) -> PathBuf {
         self.folder.join("initramfs.cpio")
     }
+}
+
+/// A number that differs between testbeds.
+fn number_of(folder: &Path) -> u64 {
+    let mut hasher = DefaultHasher::new();
+    folder.hash(&mut hasher);
+    hasher.finish()
 }
 
 /// The paths in what `ldd` printed.
