@@ -84,6 +84,7 @@ fn machine(program: Option<PathBuf>, requests: &mpsc::Sender<Request>) -> Result
         cmdline: String::new(),
         console: Box::new(io::sink()),
         pci: PciDevices::default(),
+        guest_clock: vmm::arch::GUEST_CLOCK,
     };
     let machine = Machine::new(config, EventSender::new(drop), requests)?;
     Ok(Arc::new(Mutex::new(machine)))
