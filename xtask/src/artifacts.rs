@@ -59,6 +59,8 @@ pub(crate) struct Artifacts {
     pub(crate) host: PathBuf,
     /// What measures the ITS and GIC handlers, `bench-its`.
     pub(crate) bench_its: PathBuf,
+    /// What measures the monitor by itself, `bench-boot`.
+    pub(crate) bench_boot: PathBuf,
     /// What measures dark times, `bench-downtime`.
     pub(crate) bench_downtime: PathBuf,
     /// What measures how fast migrations are, `bench-throughput`.
@@ -120,6 +122,7 @@ pub(crate) fn build(platform: Platform) -> Result<Artifacts> {
         scenario: program("blackout-scenario")?,
         host: program("blackout-host")?,
         bench_its: program("bench-its")?,
+        bench_boot: program("bench-boot")?,
         bench_downtime: program("bench-downtime")?,
         bench_throughput: program("bench-throughput")?,
         guest,

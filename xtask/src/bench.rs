@@ -1,5 +1,6 @@
 //! `cargo xtask bench`: what the stop path costs, in numbers that repeat.
 
+mod boot;
 mod compare;
 mod downtime;
 mod its;
@@ -18,6 +19,8 @@ pub(crate) struct Arguments {
 
 #[derive(Subcommand)]
 enum What {
+    /// What the monitor costs by itself: time to the guest's first instruction, and memory.
+    Boot(boot::Arguments),
     /// How long a guest is dark while it migrates, beside QEMU, on this machine.
     Downtime(downtime::Arguments),
     /// How fast a large idle guest migrates, beside QEMU, on this machine.
@@ -29,6 +32,7 @@ enum What {
 /// Runs the verb; 1 when a figure is not what it should be.
 pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
     match &arguments.what {
+        What::Boot(arguments) => boot::run(arguments),
         What::Downtime(arguments) => downtime::run(arguments),
         What::Throughput(arguments) => throughput::run(arguments),
         What::Its(arguments) => its::run(arguments),
