@@ -10,7 +10,8 @@ use clap::Subcommand;
 use super::report::read_all;
 use super::{DEFAULT_RECORDING, Outcome};
 use crate::analysis;
-use crate::export::chrome;
+use crate::export::{chrome, csv, folded, perfetto, speedscope};
+use crate::report::schema::Report;
 
 /// Write a recording in a format of another program
 ///
@@ -30,6 +31,18 @@ enum Format {
     /// them what KVM did for it, below that its stays in KVM_RUN. Arrows lead from a span to the
     /// ioctl that it made, and along the messages from one side to the other.
     Chrome(Files),
+    /// Perfetto's own format: the same, smaller, and with a row for each migration
+    Perfetto(Files),
+    /// A profile a thread for speedscope.app
+    Speedscope(Files),
+    /// Stacks with their own time in ns, for flame graphs
+    ///
+    /// Only the downtime counts, so that a frame's width is its share of it.
+    Folded(Files),
+    /// The flame graph of those stacks, as SVG
+    Flamegraph(Files),
+    /// A table with a row for each span, ioctl and gap
+    Csv(Files),
 }
 
 #[derive(Debug, clap::Args)]
@@ -44,15 +57,22 @@ struct Files {
 }
 
 pub(super) fn run(args: &Args) -> anyhow::Result<Outcome> {
-    match &args.format {
-        Format::Chrome(files) => {
-            let recordings = read_all(&files.recordings)?;
-            let migrations = analysis::find(&recordings);
-            into(&files.output, |out| {
-                chrome::write(out, &recordings, &migrations)
-            })
-        }
-    }
+    let (Format::Chrome(files)
+    | Format::Perfetto(files)
+    | Format::Speedscope(files)
+    | Format::Folded(files)
+    | Format::Flamegraph(files)
+    | Format::Csv(files)) = &args.format;
+    let recordings = read_all(&files.recordings)?;
+    let migrations = analysis::find(&recordings);
+    into(&files.output, |out| match &args.format {
+        Format::Chrome(_) => chrome::write(out, &recordings, &migrations),
+        Format::Perfetto(_) => perfetto::write(out, &recordings, &migrations),
+        Format::Speedscope(_) => speedscope::write(out, &migrations),
+        Format::Folded(_) => folded::write(out, &migrations),
+        Format::Flamegraph(_) => folded::flamegraph(out, &migrations),
+        Format::Csv(_) => csv::write(out, &Report::new(&migrations)),
+    })
 }
 
 fn into(

@@ -8,7 +8,8 @@ use serde_json::{Value, json};
 use crate::tape::Tape;
 use crate::{TESTBED, check, perfetto, scenarios};
 
-const ERRORS: &str = "select name, value from stats where severity = 'error' and value > 0";
+pub(crate) const ERRORS: &str =
+    "select name, value from stats where severity = 'error' and value > 0";
 
 fn trace(tapes: &[Tape]) -> Vec<u8> {
     let files: Vec<_> = tapes.iter().map(Tape::bytes).collect();
@@ -26,7 +27,7 @@ fn trace_of(files: &[&[u8]]) -> Vec<u8> {
 }
 
 /// Perfetto's rows, or `None` with a line that `cargo xtask test` counts.
-fn rows(trace: &[u8], statements: &[&str]) -> Option<Vec<Vec<Value>>> {
+pub(crate) fn rows(trace: &[u8], statements: &[&str]) -> Option<Vec<Vec<Value>>> {
     match perfetto::query(trace, statements) {
         Ok(rows) => Some(rows),
         Err(why) => {

@@ -2,10 +2,11 @@
 //! check for.
 
 use blackout::analysis::{self, Loaded};
-use blackout::export::chrome;
+use blackout::export::{chrome, csv, folded, perfetto, speedscope};
 use blackout::recording::{Error, Reader};
 use blackout::report::schema::Report;
 use blackout::report::text;
+use blackout::sets::{self, collect::Collector};
 
 use crate::{TESTBED, scenarios};
 
@@ -16,8 +17,18 @@ fn all(bytes: &[u8]) -> Result<(), Error> {
     let migrations = analysis::find(&recordings);
     let mut out = Vec::new();
     text::write(&mut out, &recordings, &migrations).unwrap();
-    serde_json::to_writer(&mut out, &Report::new(&migrations)).unwrap();
+    let report = Report::new(&migrations);
+    serde_json::to_writer(&mut out, &report).unwrap();
     chrome::write(&mut out, &recordings, &migrations).unwrap();
+    perfetto::write(&mut out, &recordings, &migrations).unwrap();
+    speedscope::write(&mut out, &migrations).unwrap();
+    folded::write(&mut out, &migrations).unwrap();
+    csv::write(&mut out, &report).unwrap();
+    let mut set = Collector::new(true);
+    for migration in &report.migrations {
+        set.add(migration).unwrap();
+    }
+    sets::text::write(&mut out, &set.finish(None)).unwrap();
     Ok(())
 }
 

@@ -4,6 +4,7 @@
 //! them, and the diff is then for a person to judge.
 
 mod chrome;
+mod exports;
 mod hostile;
 #[path = "../../../../tests/perfetto/query.rs"]
 mod perfetto;

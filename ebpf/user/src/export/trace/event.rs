@@ -1,16 +1,16 @@
-//! The events of Chrome's trace format, as the "Trace Event Format" document and Perfetto's
+//! A trace's events, in the words of Chrome's trace format, as the "Trace Event Format" document and Perfetto's
 //! importer have them.
 
 use serde::{Serialize, Serializer};
 use serde_json::{Map, Value};
 
 /// An event's arguments.
-pub(super) type Args = Map<String, Value>;
+pub(in crate::export) type Args = Map<String, Value>;
 
 /// A time or duration: nanoseconds that are written as microseconds with three decimals. Exact for
 /// a trace of up to 104 days, since the trace's own begin is its zero.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
-pub(super) struct Time(pub(super) i64);
+pub(in crate::export) struct Time(pub(in crate::export) i64);
 
 impl Serialize for Time {
     fn serialize<S: Serializer>(&self, serializer: S) -> Result<S::Ok, S::Error> {
@@ -20,14 +20,14 @@ impl Serialize for Time {
 
 /// A row in the viewer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Track {
-    pub(super) pid: u64,
-    pub(super) tid: u64,
+pub(in crate::export) struct Track {
+    pub(in crate::export) pid: u64,
+    pub(in crate::export) tid: u64,
 }
 
 /// What an event is.
-#[derive(Clone, Copy, Debug, Serialize)]
-pub(super) enum Phase {
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+pub(in crate::export) enum Phase {
     /// A slice with its duration.
     #[serde(rename = "X")]
     Complete,
@@ -53,28 +53,28 @@ pub(super) enum Phase {
 
 /// One event.
 #[derive(Debug, Serialize)]
-pub(super) struct Event<'a> {
-    ph: Phase,
-    name: &'a str,
+pub(in crate::export) struct Event<'a> {
+    pub(in crate::export) ph: Phase,
+    pub(in crate::export) name: &'a str,
     #[serde(skip_serializing_if = "str::is_empty")]
-    cat: &'a str,
-    pid: u64,
+    pub(in crate::export) cat: &'a str,
+    pub(in crate::export) pid: u64,
     #[serde(skip_serializing_if = "Option::is_none")]
-    tid: Option<u64>,
+    pub(in crate::export) tid: Option<u64>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    ts: Option<Time>,
+    pub(in crate::export) ts: Option<Time>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    dur: Option<Time>,
+    pub(in crate::export) dur: Option<Time>,
     #[serde(skip_serializing_if = "Option::is_none")]
-    id: Option<u64>,
+    pub(in crate::export) id: Option<u64>,
     /// An instant's scope: `t`, its thread.
     #[serde(skip_serializing_if = "Option::is_none")]
-    s: Option<&'a str>,
+    pub(in crate::export) s: Option<&'a str>,
     /// Where an arrow's head binds: `e`, the slice around it.
     #[serde(skip_serializing_if = "Option::is_none")]
-    bp: Option<&'a str>,
+    pub(in crate::export) bp: Option<&'a str>,
     #[serde(skip_serializing_if = "Map::is_empty")]
-    args: Args,
+    pub(in crate::export) args: Args,
 }
 
 impl<'a> Event<'a> {
@@ -96,7 +96,7 @@ impl<'a> Event<'a> {
     }
 
     /// A slice of `track`.
-    pub(super) fn slice(
+    pub(in crate::export) fn slice(
         name: &'a str,
         cat: &'a str,
         track: Track,
@@ -113,7 +113,13 @@ impl<'a> Event<'a> {
     }
 
     /// A moment of `track`.
-    pub(super) fn instant(name: &'a str, cat: &'a str, track: Track, at: i64, args: Args) -> Self {
+    pub(in crate::export) fn instant(
+        name: &'a str,
+        cat: &'a str,
+        track: Track,
+        at: i64,
+        args: Args,
+    ) -> Self {
         Self {
             tid: Some(track.tid),
             ts: Some(Time(at)),
@@ -124,7 +130,13 @@ impl<'a> Event<'a> {
     }
 
     /// The tail of arrow `id`, in the slice of `track` that is open at `at`.
-    pub(super) fn flow_start(name: &'a str, cat: &'a str, track: Track, at: i64, id: u64) -> Self {
+    pub(in crate::export) fn flow_start(
+        name: &'a str,
+        cat: &'a str,
+        track: Track,
+        at: i64,
+        id: u64,
+    ) -> Self {
         Self {
             tid: Some(track.tid),
             ts: Some(Time(at)),
@@ -134,7 +146,13 @@ impl<'a> Event<'a> {
     }
 
     /// Its head.
-    pub(super) fn flow_end(name: &'a str, cat: &'a str, track: Track, at: i64, id: u64) -> Self {
+    pub(in crate::export) fn flow_end(
+        name: &'a str,
+        cat: &'a str,
+        track: Track,
+        at: i64,
+        id: u64,
+    ) -> Self {
         Self {
             ph: Phase::FlowEnd,
             bp: Some("e"),
@@ -143,7 +161,13 @@ impl<'a> Event<'a> {
     }
 
     /// The begin of phase `id` of a process.
-    pub(super) fn phase_begin(name: &'a str, pid: u64, at: i64, id: u64, args: Args) -> Self {
+    pub(in crate::export) fn phase_begin(
+        name: &'a str,
+        pid: u64,
+        at: i64,
+        id: u64,
+        args: Args,
+    ) -> Self {
         Self {
             ts: Some(Time(at)),
             id: Some(id),
@@ -153,7 +177,7 @@ impl<'a> Event<'a> {
     }
 
     /// Its end.
-    pub(super) fn phase_end(name: &'a str, pid: u64, at: i64, id: u64) -> Self {
+    pub(in crate::export) fn phase_end(name: &'a str, pid: u64, at: i64, id: u64) -> Self {
         Self {
             ph: Phase::AsyncEnd,
             ..Self::phase_begin(name, pid, at, id, Args::new())
@@ -161,7 +185,12 @@ impl<'a> Event<'a> {
     }
 
     /// Metadata of a process: its `name` or `sort_index`.
-    pub(super) fn process(what: &'a str, pid: u64, key: &str, value: impl Into<Value>) -> Self {
+    pub(in crate::export) fn process(
+        what: &'a str,
+        pid: u64,
+        key: &str,
+        value: impl Into<Value>,
+    ) -> Self {
         let args = Args::from_iter([(key.to_owned(), value.into())]);
         Self {
             args,
@@ -170,7 +199,12 @@ impl<'a> Event<'a> {
     }
 
     /// The same of a thread.
-    pub(super) fn thread(what: &'a str, track: Track, key: &str, value: impl Into<Value>) -> Self {
+    pub(in crate::export) fn thread(
+        what: &'a str,
+        track: Track,
+        key: &str,
+        value: impl Into<Value>,
+    ) -> Self {
         Self {
             tid: Some(track.tid),
             ..Self::process(what, track.pid, key, value)

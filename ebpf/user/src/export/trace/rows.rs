@@ -1,13 +1,13 @@
 //! A recording's processes and threads as rows of slices.
 
 use std::cmp::Reverse;
-use std::io::{self, Write};
+use std::io;
 
 use serde_json::Value;
 
 use super::event::{Args, Event, Track};
 use super::hosts::{Hosts, runs_from};
-use super::{Events, GUEST_ROW, KERNEL_ROW};
+use super::{Events, GUEST_ROW, KERNEL_ROW, Sink};
 use crate::analysis::spans;
 use crate::analysis::{Loaded, Migration, Placed, Process, Span, Thread, describe, kvm};
 use crate::recording::{Ioctl, KernelFn, Value as Arg};
@@ -18,8 +18,8 @@ pub(super) fn is_open(span: &Placed<'_, Span>, tid: u32, ns: i64) -> bool {
 }
 
 /// Writes the rows of recording `index`.
-pub(super) fn write<W: Write>(
-    events: &mut Events<'_, W>,
+pub(super) fn write<S: Sink>(
+    events: &mut Events<'_, S>,
     hosts: &Hosts<'_>,
     index: usize,
     recording: &Loaded,
@@ -52,8 +52,8 @@ pub(super) fn write<W: Write>(
     Ok(())
 }
 
-fn threads<W: Write>(
-    events: &mut Events<'_, W>,
+fn threads<S: Sink>(
+    events: &mut Events<'_, S>,
     hosts: &Hosts<'_>,
     (index, recording): (usize, &Loaded),
     (pid, process): (u32, &Process),
@@ -130,8 +130,8 @@ fn has_runs(thread: &Thread) -> bool {
 
 /// Ioctls and kernel functions. A function lies inside its ioctl; what does not, because a clock
 /// or an event went wrong, is cut at the end of what it is in, so that slices nest.
-fn kernel_row<W: Write>(
-    events: &mut Events<'_, W>,
+fn kernel_row<S: Sink>(
+    events: &mut Events<'_, S>,
     thread: &Thread,
     track: Track,
     at: impl Fn(u64) -> i64,
@@ -215,8 +215,8 @@ impl Kernel<'_> {
 }
 
 /// A vCPU's stays in KVM_RUN: between the gaps, from its first entry to its last exit.
-fn guest_row<W: Write>(
-    events: &mut Events<'_, W>,
+fn guest_row<S: Sink>(
+    events: &mut Events<'_, S>,
     (recording, thread): (&Loaded, &Thread),
     track: Track,
     at: impl Fn(u64) -> i64,

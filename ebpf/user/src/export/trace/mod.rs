@@ -1,4 +1,4 @@
-//! Chrome's trace format, which chrome://tracing, Perfetto and speedscope read.
+//! A recording as a trace: what every trace format writes, one event at a time.
 //!
 //! One process is one group of rows: each of its threads has a row with its spans and moments, one
 //! below it with what the kernel did for that thread, and a vCPU's thread a third with its stays in
@@ -6,16 +6,14 @@
 //! where a message was sent to where it was read. Pids and tids are real; the rows that stand for
 //! no thread of their own are numbered from [`KERNEL_ROW`] and [`GUEST_ROW`] on.
 //!
-//! Time is the first recording's `CLOCK_MONOTONIC`, from the trace's first event on; `otherData`
-//! says when that was, how other hosts' clocks were laid over it, and what was lost.
+//! Time is the first recording's `CLOCK_MONOTONIC`, from the trace's first event on.
 
-mod event;
+pub(super) mod event;
 mod hosts;
 mod rows;
 
-use std::io::{self, Write};
+use std::io;
 
-use serde::Serialize;
 use serde_json::{Value, json};
 
 use self::event::{Args, Event, Track};
@@ -25,52 +23,50 @@ use crate::analysis::{Loaded, Migration, describe};
 /// Added to a thread's tid: the row of what the kernel did for it. Linux has no such tid.
 pub const KERNEL_ROW: u64 = 1 << 30;
 
-/// Added to a vCPU thread's tid: the row of its stays in KVM_RUN.
-pub const GUEST_ROW: u64 = 1 << 31;
+/// Added to a vCPU thread's tid: the row of its stays in KVM_RUN. Perfetto's tids have 31 bits.
+pub const GUEST_ROW: u64 = 3 << 29;
 
-/// Writes the trace of `recordings`, among which `migrations` were found.
-///
-/// # Errors
-/// What `out` returns.
-pub fn write(
-    out: &mut impl Write,
+/// A trace format.
+pub(super) trait Sink {
+    /// Begins a trace whose zero is `origin_ns` on the first recording's clock. `other` is what a
+    /// reader has to know beside the events.
+    fn begin(&mut self, origin_ns: i64, other: &Value) -> io::Result<()>;
+
+    /// Writes an event. A row's slices come in order, a parent before its children.
+    fn put(&mut self, event: &Event<'_>) -> io::Result<()>;
+
+    /// Ends the trace.
+    fn end(&mut self) -> io::Result<()>;
+}
+
+/// Hands `sink` the trace of `recordings`, among which `migrations` were found.
+pub(super) fn write(
+    sink: &mut impl Sink,
     recordings: &[Loaded],
     migrations: &[Migration<'_>],
 ) -> io::Result<()> {
     let hosts = Hosts::new(recordings, migrations);
-    let other = other_data(&hosts, recordings);
-    write!(
-        out,
-        "{{\"displayTimeUnit\":\"ns\",\"otherData\":{other},\"traceEvents\":["
-    )?;
-    let mut writer = Events {
-        out,
-        any: false,
-        arrows: 0,
-    };
+    sink.begin(hosts.origin_ns(), &other_data(&hosts, recordings))?;
+    let mut events = Events { sink, arrows: 0 };
     for (index, recording) in recordings.iter().enumerate() {
-        rows::write(&mut writer, &hosts, index, recording, migrations)?;
+        rows::write(&mut events, &hosts, index, recording, migrations)?;
     }
     for (number, migration) in (0..).zip(migrations) {
-        phases(&mut writer, &hosts, migration, number)?;
-        messages(&mut writer, &hosts, migration)?;
+        phases(&mut events, &hosts, migration, number)?;
+        messages(&mut events, &hosts, migration)?;
     }
-    writeln!(writer.out, "\n]}}")
+    events.sink.end()
 }
 
-/// The list of events, as it is written.
-struct Events<'w, W: Write> {
-    out: &'w mut W,
-    any: bool,
+/// The events, as they are written.
+struct Events<'s, S> {
+    sink: &'s mut S,
     arrows: u64,
 }
 
-impl<W: Write> Events<'_, W> {
+impl<S: Sink> Events<'_, S> {
     fn put(&mut self, event: &Event<'_>) -> io::Result<()> {
-        self.out.write_all(if self.any { b",\n" } else { b"\n" })?;
-        self.any = true;
-        event.serialize(&mut serde_json::Serializer::new(&mut *self.out))?;
-        Ok(())
+        self.sink.put(event)
     }
 
     /// An arrow from the slice that is open at `tail` to the one at `head`.
@@ -115,8 +111,8 @@ fn other_data(hosts: &Hosts, recordings: &[Loaded]) -> Value {
 }
 
 /// The migration, its downtime and its blackout, as phases of the side that the axis follows.
-fn phases<W: Write>(
-    events: &mut Events<'_, W>,
+fn phases<S: Sink>(
+    events: &mut Events<'_, S>,
     hosts: &Hosts,
     migration: &Migration<'_>,
     number: u64,
@@ -156,8 +152,8 @@ fn phases<W: Write>(
 }
 
 /// Arrows along the messages whose both ends lie in a span.
-fn messages<W: Write>(
-    events: &mut Events<'_, W>,
+fn messages<S: Sink>(
+    events: &mut Events<'_, S>,
     hosts: &Hosts,
     migration: &Migration<'_>,
 ) -> io::Result<()> {
