@@ -7,7 +7,7 @@ use std::path::Path;
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use harness::linux::{ADDRESS, Linux, MAC, machine};
 use harness::{Bridge, Vmm, bridge, programs, skip};
 
@@ -59,12 +59,16 @@ fn works(guest: &mut Linux, console: &Path, visit: u32) -> Result<()> {
 
     let mut client = UnixStream::connect(console)?;
     client.set_read_timeout(Some(LIMIT))?;
-    // The guest's terminal echoes and edits unless told otherwise.
-    guest.run("stty -F /dev/hvc0 raw -echo")?;
-    guest.start("head -n 1 < /dev/hvc0 | tr a-z A-Z > /dev/hvc0")?;
-    client.write_all(b"console\n")?;
+    // The terminal echoes and edits until it is told otherwise, and forgets that when it is closed.
+    let answer = "(stty raw -echo; echo begin; head -n 1 | tr a-z A-Z) <> /dev/hvc0 >&0";
+    guest.start(answer)?;
+    let mut lines = BufReader::new(client.try_clone()?);
     let mut line = String::new();
-    BufReader::new(&client).read_line(&mut line)?;
+    lines.read_line(&mut line)?;
+    ensure!(line.trim() == "begin", "the console said {line}");
+    client.write_all(b"console\n")?;
+    line.clear();
+    lines.read_line(&mut line)?;
     ensure!(line.trim() == "CONSOLE", "the console said {line}");
     Ok(())
 }
@@ -89,12 +93,12 @@ fn linux_finds_every_device_and_finds_it_again_after_it_moved() -> Result<()> {
     // Two disks, a card, a console, a vsock, a source of randomness, each with its queues.
     let msix = interrupts.lines().filter(|line| line.contains("MSIX"));
     ensure!(msix.count() == 6 + 1 + 1 + 2 + 2 + 3 + 1, "{interrupts}");
-    works(&mut guest, &console(0), 1)?;
+    works(&mut guest, &console(0), 1).context("before the move")?;
     let before = fs::read(&disk)?;
     ensure!(before.starts_with(b"visit 1"), "the disk is not written");
 
     guest.migrate(&extra(1), Some((&bridge, taps[1])))?;
-    works(&mut guest, &console(1), 2)?;
+    works(&mut guest, &console(1), 2).context("after the move")?;
     ensure!(fs::read(&disk)?.starts_with(b"visit 2"));
     sockets(&folder.path().join("vsock"))?;
     // The source's lock is gone with its guest; this one holds its own.

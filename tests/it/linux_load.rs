@@ -99,7 +99,7 @@ impl Pings {
 
 /// Lets the guest write: copies of one file beside each other, and a log of which round it is.
 fn start_writers(guest: &mut Linux) -> Result<String> {
-    let make = format!("head -c {}M /dev/urandom > /tmp/copy", COPY_MIB);
+    let make = format!("head -c {} /dev/urandom > /tmp/copy", COPY_MIB << 20);
     guest.run(&make)?;
     for writer in 0..WRITERS {
         let seek = writer * COPY_MIB;

@@ -44,7 +44,7 @@ pub(super) fn run(arguments: &Arguments, stage: &Stage) -> Result<()> {
     for line in interrupts.lines() {
         stage.say(line);
     }
-    guest.run("head -c 4M /dev/urandom > /tmp/copy")?;
+    guest.run("head -c 4194304 /dev/urandom > /tmp/copy")?;
     let write = "while true; do dd if=/tmp/copy of=/dev/vda bs=256k oflag=direct conv=notrunc \
                  2> /dev/null || touch /tmp/failed; echo >> /tmp/copies; done";
     guest.start(write)?;
