@@ -2,21 +2,8 @@
 
 use std::fmt;
 
-use crate::arch;
+use crate::arch::{self, Finding, has};
 use crate::kvm::{self, Capability, Vm};
-
-/// One thing that KVM has or lacks.
-#[derive(Clone, Debug)]
-pub struct Finding {
-    /// What it is for, in a person's words.
-    pub what: String,
-    /// Whether it is there.
-    pub there: bool,
-    /// Whether no guest runs without it.
-    pub needed: bool,
-    /// What does not work without it.
-    pub without: &'static str,
-}
 
 /// All of them.
 #[derive(Clone, Debug)]
@@ -74,22 +61,6 @@ impl Report {
         self.0
             .iter()
             .all(|finding| finding.there || !finding.needed)
-    }
-}
-
-/// Whether `vm` has `capability`.
-pub fn has(
-    vm: &Vm,
-    capability: Capability,
-    what: &str,
-    needed: bool,
-    without: &'static str,
-) -> Finding {
-    Finding {
-        what: what.to_owned(),
-        there: vm.check_extension(capability) > 0,
-        needed,
-        without,
     }
 }
 

@@ -16,6 +16,7 @@ use std::ops::Range;
 use std::time::SystemTime;
 
 use crate::devices::bus;
+use crate::kvm::{Capability, Vm};
 
 /// What a guest's clock does while the guest is on its way from one host to another.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -36,6 +37,35 @@ pub(crate) fn passed_since(then: u64) -> u64 {
 pub(crate) fn realtime_ns() -> u64 {
     let now = SystemTime::UNIX_EPOCH.elapsed().unwrap_or_default();
     u64::try_from(now.as_nanos()).unwrap_or(u64::MAX)
+}
+
+/// One thing that KVM has or lacks.
+#[derive(Clone, Debug)]
+pub struct Finding {
+    /// What it is for, in a person's words.
+    pub what: String,
+    /// Whether it is there.
+    pub there: bool,
+    /// Whether no guest runs without it.
+    pub needed: bool,
+    /// What does not work without it.
+    pub without: &'static str,
+}
+
+/// Whether `vm` has `capability`.
+pub(crate) fn has(
+    vm: &Vm,
+    capability: Capability,
+    what: &str,
+    needed: bool,
+    without: &'static str,
+) -> Finding {
+    Finding {
+        what: what.to_owned(),
+        there: vm.check_extension(capability) > 0,
+        needed,
+        without,
+    }
 }
 
 /// Where the PCI host bridge's windows are, guest-physical.

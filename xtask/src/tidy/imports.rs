@@ -4,7 +4,7 @@ use super::{Finding, Source};
 
 /// The modules, each of which may import those after it. `vmm/ARCHITECTURE.md` has the same order
 /// and says what each is for.
-const ORDER: [&str; 20] = [
+const ORDER: [&str; 21] = [
     "main",
     "console",
     "logging",
@@ -13,6 +13,7 @@ const ORDER: [&str; 20] = [
     "qmp",
     "migration",
     "control",
+    "check",
     "machine",
     "vcpu",
     "arch",

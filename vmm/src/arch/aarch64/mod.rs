@@ -30,8 +30,7 @@ use kvm_bindings::{
     kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_ITS, kvm_device_type_KVM_DEV_TYPE_ARM_VGIC_V3,
 };
 
-use super::{GuestClock, Mapped};
-use crate::check::{Finding, has};
+use super::{Finding, GuestClock, Mapped, has};
 use crate::devices::DeviceState;
 use crate::kvm::{self, Capability, Vcpu, Vm};
 use crate::memory::GuestRam;

@@ -29,8 +29,7 @@ pub use crate::devices::serial::Serial as Uart;
 use std::io;
 use std::path::Path;
 
-use crate::arch::GuestClock;
-use crate::check::{Finding, has};
+use crate::arch::{Finding, GuestClock, has};
 use crate::kvm::{Capability, Vm};
 use crate::payload::linux::Error as LinuxError;
 use crate::probes::Errno;
