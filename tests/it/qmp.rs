@@ -281,11 +281,12 @@ fn run(arguments: &[&str]) -> Result<Output> {
         }
         thread::sleep(Duration::from_millis(2));
     }
-    let mut stderr = Vec::new();
+    let (mut stdout, mut stderr) = (Vec::new(), Vec::new());
+    std::io::copy(&mut child.0.stdout.take().context("stdout")?, &mut stdout)?;
     std::io::copy(&mut child.0.stderr.take().context("stderr")?, &mut stderr)?;
     Ok(Output {
         status: child.0.wait()?,
-        stdout: Vec::new(),
+        stdout,
         stderr,
     })
 }

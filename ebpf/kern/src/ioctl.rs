@@ -80,12 +80,12 @@ pub fn exit<const REGISTERS: bool>(ret: i64) {
     }
     let Some(call) = IOCTLS.get_ptr_mut(task.tid) else {
         // The call was not seen: it is of no interest, or began before the recording.
-        if REGISTERS && is_target(task.tgid) {
-            if let Some((fd, cmd)) = syscall_args() {
-                if cmd as u32 == KVM_RUN {
-                    run::exit_unseen(task, fd as u32);
-                }
-            }
+        if REGISTERS
+            && is_target(task.tgid)
+            && let Some((fd, cmd)) = syscall_args()
+            && cmd as u32 == KVM_RUN
+        {
+            run::exit_unseen(task, fd as u32);
         }
         return;
     };

@@ -50,7 +50,7 @@ pub fn exit(tid: u32) -> bool {
 pub fn exit_unseen(task: Task, fd: u32) {
     let mut edges = unseen(task, fd);
     edges.exit = now();
-    let _ = RUNS.insert(&task.tid, &edges, 0);
+    let _ = RUNS.insert(task.tid, edges, 0);
 }
 
 /// The running thread enters guest code.
@@ -127,7 +127,7 @@ fn left_unseen(task: Task, time: u64) {
         let mut edges = unseen(task, fd);
         edges.enter = time;
         edges.guest_exit = time;
-        let _ = RUNS.insert(&task.tid, &edges, 0);
+        let _ = RUNS.insert(task.tid, edges, 0);
     }
 }
 

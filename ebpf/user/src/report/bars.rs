@@ -110,7 +110,7 @@ mod tests {
         assert_eq!(place(0.0, 1.0, 3), "███");
         assert_eq!(place(0.5, 1.0, 3), " ▐█");
         assert_eq!(place(0.0, 0.01, 3), "▏  ");
-        assert_eq!(place(1.0, 1.0, 3), "  ▕");
+        assert_eq!(place(1.0, 1.0, 3), "  ▐");
         assert_eq!(place(-1.0, 9.0, 2), "██");
     }
 }

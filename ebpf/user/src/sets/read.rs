@@ -33,7 +33,7 @@ pub enum Error {
     /// A JSON file is damaged, or not of the schema that it claims.
     #[error("{}", .0.display())]
     Json(PathBuf, #[source] serde_json::Error),
-    /// A JSON file is larger than [`JSON_MAX`].
+    /// A JSON file is larger than `JSON_MAX`.
     #[error("{}: larger than {JSON_MAX} bytes", .0.display())]
     TooLarge(PathBuf),
     /// A file is neither a recording nor JSON of a known schema.
