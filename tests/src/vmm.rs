@@ -12,7 +12,7 @@ use tempfile::TempDir;
 use crate::{Qmp, Shell, programs};
 
 /// How long a monitor may take until its QMP socket answers.
-const START: Duration = Duration::from_secs(30);
+const START: Duration = Duration::from_secs(120);
 
 /// How to start a monitor.
 #[derive(Clone, Debug)]
