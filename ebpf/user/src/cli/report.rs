@@ -4,9 +4,11 @@ use std::path::PathBuf;
 
 use anyhow::Context;
 
+use super::check::whole;
 use super::print::{json, print};
 use super::{DEFAULT_RECORDING, Outcome};
 use crate::analysis::{self, Loaded};
+use crate::gate::formats::openmetrics;
 use crate::recording::{self, Ending, Reader};
 use crate::report::schema::Report;
 use crate::report::text;
@@ -41,6 +43,10 @@ pub(super) struct Args {
     /// With --summary --json: the revision that was measured, to be kept with the samples
     #[arg(long, requires = "summary", value_name = "NAME")]
     commit: Option<String>,
+
+    /// With --summary: also write a textfile for Prometheus' node exporter
+    #[arg(long, requires = "summary", value_name = "FILE")]
+    openmetrics: Option<PathBuf>,
 
     /// With --summary: count migrations whose figures are in doubt
     #[arg(long, requires = "summary")]
@@ -105,6 +111,10 @@ fn summary(args: &Args) -> anyhow::Result<Outcome> {
         }
     })
     .context("cannot write the summary")?;
+    if let Some(path) = &args.openmetrics {
+        whole(path, |out| openmetrics::samples(out, &samples))
+            .with_context(|| format!("cannot write {}", path.display()))?;
+    }
     let doubtful = samples.migrations == 0 || !samples.left_out.is_empty();
     Ok(if args.strict && doubtful {
         Outcome::Bad

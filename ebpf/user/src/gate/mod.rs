@@ -8,12 +8,14 @@
 //!
 //! [`compare`] does the arithmetic on two sets, [`settings`] holds the thresholds, [`check`] gives
 //! the verdicts, [`objective`] holds figures against absolute limits. What is written of it is in
-//! [`text`] and the formats for programs.
+//! [`text`] and [`formats`]. [`side_by_side`] shows two sets without a verdict.
 
 pub mod check;
 pub mod compare;
+pub mod formats;
 pub mod objective;
 pub mod settings;
+pub mod side_by_side;
 pub mod text;
 
 pub use check::{Check, Row, SCHEMA, Verdict};

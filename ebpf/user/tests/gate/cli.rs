@@ -136,3 +136,68 @@ fn damaged_sets_are_3_and_named() {
         assert_eq!(said.lines().count(), 1, "{said}");
     }
 }
+
+#[test]
+fn files_for_ci_are_written_beside_the_answer() {
+    let folder = tempfile::tempdir().unwrap();
+    let base = report(folder.path(), "base.json", migrations(20, 50_000, 1));
+    let slow = report(folder.path(), "slow.json", migrations(20, 60_000, 2));
+    let formats = ["json", "junit", "openmetrics", "bencher", "markdown"];
+    let file = |format: &str| folder.path().join(format!("out.{format}"));
+    let outs = formats.map(|format| format!("--out={format}={}", file(format).display()));
+    let mut arguments = vec!["check", "--baseline", &base, "--current", &slow];
+    arguments.extend(outs.iter().map(String::as_str));
+    assert_eq!(code(&blackout(&arguments)), Some(1));
+    for format in formats {
+        assert!(fs::metadata(file(format)).unwrap().len() > 100, "{format}");
+    }
+    // An older summary stays where it is.
+    let summary = folder.path().join("summary.md");
+    fs::write(&summary, "before\n").unwrap();
+    let output = Command::new(env!("CARGO_BIN_EXE_blackout"))
+        .args(["check", "--github", "--baseline", &base, "--current", &slow])
+        .env("GITHUB_STEP_SUMMARY", &summary)
+        .output()
+        .unwrap();
+    assert_eq!(code(&output), Some(1));
+    assert!(
+        fs::read_to_string(&summary)
+            .unwrap()
+            .starts_with("before\n## ❌")
+    );
+    assert!(
+        String::from_utf8(output.stdout)
+            .unwrap()
+            .contains("\n::error title=Blackout::")
+    );
+    let output = blackout(&[
+        "check",
+        "--baseline",
+        &base,
+        "--current",
+        &slow,
+        "--out",
+        "vcd=x",
+    ]);
+    assert_eq!(code(&output), Some(3));
+}
+
+#[test]
+fn two_sets_are_shown_side_by_side() {
+    let folder = tempfile::tempdir().unwrap();
+    let base = report(folder.path(), "base.json", migrations(20, 50_000, 1));
+    let slow = report(folder.path(), "slow.json", migrations(20, 60_000, 2));
+    let output = blackout(&["compare", &base, &slow]);
+    assert_eq!(code(&output), Some(0));
+    let text = String::from_utf8(output.stdout).unwrap();
+    for line in text.lines() {
+        assert!(line.chars().count() <= 80, "{line}");
+    }
+    let handler = text
+        .lines()
+        .find(|line| line.contains("vm_state_handler its main"));
+    assert!(handler.unwrap().contains("+1"), "{text}");
+    let output = blackout(&["compare", "--json", &base, &slow]);
+    let json: serde_json::Value = serde_json::from_slice(&output.stdout).unwrap();
+    assert_eq!(json["schema"], "blackout.compare/1");
+}

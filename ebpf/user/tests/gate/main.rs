@@ -1,6 +1,7 @@
 //! The gate: verdicts on made-up sets, and the program as CI calls it.
 
 mod cli;
+mod formats;
 mod sets;
 mod verdicts;
 
