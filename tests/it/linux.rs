@@ -156,7 +156,8 @@ fn moves(kernel: &str, cpus: u32) -> Result<()> {
         let same = there.run("[ $mark = $$ ] && echo same", ANSWER)?;
         ensure!(same == "same", "hop {hop}: the shell is another: {same}");
         for cpu in 0..cpus {
-            let read = format!("cat /tmp/count.{cpu}");
+            // For a moment of each turn the file is empty.
+            let read = format!("until grep . /tmp/count.{cpu}; do :; done");
             let first = number(&mut there, &read)?;
             let later = format!("sleep 1; {read}");
             let second = number(&mut there, &later)?;
