@@ -9,6 +9,7 @@ mod linux;
 mod linux_devices;
 mod linux_load;
 mod migrate;
+mod migrate_control;
 mod migrate_faults;
 mod peers;
 #[path = "../perfetto/query.rs"]

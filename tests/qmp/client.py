@@ -67,6 +67,8 @@ async def refuse(client: QMPClient) -> None:
 async def migrate(source: QMPClient, destination: QMPClient, uri: str) -> None:
     await expect_status(destination, "inmigrate")
     await destination.execute("migrate-incoming", {"uri": uri})
+    events_on = {"capability": "events", "state": True}
+    await source.execute("migrate-set-capabilities", {"capabilities": [events_on]})
     with source.listener("MIGRATION") as events:
         await source.execute("migrate", {"uri": uri})
         seen = []

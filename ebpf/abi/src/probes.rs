@@ -236,6 +236,10 @@ macro_rules! probe_table {
                 device_drain_begin(name: str = "the device")
                 device_drain_end(requests: u64 = "requests that were under way when it was told to stop", rc: i64 = "0, or a negative errno")
                 "wait for a device's worker to finish the requests that the guest has started";
+            span 8 wait pre_switchover
+                pre_switchover_begin(id: u64 = "the migration's id")
+                pre_switchover_end(rc: i64 = "0, or a negative errno")
+                "the guest is stopped, and the source waits for `migrate-continue`";
         }
     };
 }

@@ -4,12 +4,17 @@
 //! It has a lock of its own, held for no longer than a copy takes, so that it answers while the
 //! machine is stopped and its lock taken.
 
+#[cfg(test)]
+mod tests;
+
 use std::ffi::CStr;
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
+use std::time::Duration;
 
 use socket2::Socket;
 
 use super::clock::Clock;
+use super::settings::{Capability, Settings};
 use super::status::{
     Blackout, ClockReport, MigrationStatus, QueryMigrate, Ram, Side, SocketAddress, Span,
 };
@@ -23,7 +28,10 @@ pub(super) const MODE: &CStr = c"normal";
 #[derive(Debug)]
 pub(super) struct Board {
     state: Mutex<State>,
+    /// Told when somebody who waits in `pre-switchover` is to look again.
+    changed: Condvar,
     events: EventSender,
+    settings: Arc<Settings>,
 }
 
 #[derive(Debug, Default)]
@@ -31,6 +39,8 @@ struct State {
     migration: Option<Migration>,
     /// Someone asked for an end.
     cancelled: bool,
+    /// `migrate-continue` was said.
+    goes_on: bool,
     /// It is too late to cancel.
     sealed: bool,
     /// Shut down to wake the migration's thread.
@@ -75,11 +85,31 @@ pub(super) struct Report {
 pub struct Cancelled;
 
 impl Board {
-    /// An empty one; `events` hears of every change of status.
-    pub(super) fn new(events: EventSender) -> Self {
+    /// An empty one; `events` hears of every change of status, if the settings say so.
+    pub(super) fn new(events: EventSender, settings: Arc<Settings>) -> Self {
         Board {
             state: Mutex::default(),
+            changed: Condvar::new(),
             events,
+            settings,
+        }
+    }
+
+    /// What clients set.
+    pub(super) fn settings(&self) -> &Settings {
+        &self.settings
+    }
+
+    /// Calls `change` unless a migration is under way.
+    pub(super) fn if_idle<T>(&self, change: impl FnOnce(&Settings) -> T) -> Option<T> {
+        let state = self.lock();
+        let idle = state.migration.as_ref().is_none_or(|m| m.status.is_final());
+        idle.then(|| change(&self.settings))
+    }
+
+    fn announce(&self, status: MigrationStatus) {
+        if self.settings.is_on(Capability::Events) {
+            self.events.send(Event::Migration(status.name()));
         }
     }
 
@@ -110,8 +140,7 @@ impl Board {
             migration: Some(migration),
             ..State::default()
         };
-        self.events
-            .send(Event::Migration(MigrationStatus::Setup.name()));
+        self.announce(MigrationStatus::Setup);
         true
     }
 
@@ -141,10 +170,10 @@ impl Board {
         let migration = state.migration.as_mut();
         if let Some(migration) = migration.filter(|m| m.side == Side::Source) {
             migration.status = MigrationStatus::Cancelling;
-            self.events
-                .send(Event::Migration(MigrationStatus::Cancelling.name()));
+            self.announce(MigrationStatus::Cancelling);
         }
         state.cancelled = true;
+        self.changed.notify_all();
         if let Some(connection) = &state.connection {
             // It fails on a connection that has broken already, which wakes the thread as well.
             let _ = connection.shutdown(std::net::Shutdown::Both);
@@ -190,7 +219,53 @@ impl Board {
             if status == MigrationStatus::Active {
                 migration.setup_ns = Some(monotonic_ns().saturating_sub(migration.started_ns));
             }
-            self.events.send(Event::Migration(status.name()));
+            self.announce(status);
+        }
+    }
+
+    /// Lets a migration go on that waits in `state`, the one state in which one does.
+    ///
+    /// # Errors
+    /// When it is in another, which is returned.
+    pub(super) fn go_on(&self, expected: MigrationStatus) -> Result<(), Option<MigrationStatus>> {
+        let mut state = self.lock();
+        let status = state.migration.as_ref().map(|m| m.status);
+        if status != Some(expected) {
+            return Err(status);
+        }
+        state.goes_on |= expected == MigrationStatus::PreSwitchover;
+        self.changed.notify_all();
+        Ok(())
+    }
+
+    /// Waits until the migration is to go on, for no longer than `limit`. Returns whether it is.
+    ///
+    /// # Errors
+    /// When it was cancelled.
+    pub(super) fn wait_go_on(&self, limit: Duration) -> Result<bool, Cancelled> {
+        let waits = |state: &mut State| !state.goes_on && !state.cancelled;
+        let (state, _) = self
+            .changed
+            .wait_timeout_while(self.lock(), limit, waits)
+            .unwrap_or_else(PoisonError::into_inner);
+        if state.cancelled {
+            return Err(Cancelled);
+        }
+        Ok(state.goes_on)
+    }
+
+    /// Lets the migration's thread rest for `time`.
+    ///
+    /// # Errors
+    /// At once when the migration is cancelled.
+    pub(super) fn sleep(&self, time: Duration) -> Result<(), Cancelled> {
+        let (state, _) = self
+            .changed
+            .wait_timeout_while(self.lock(), time, |state| !state.cancelled)
+            .unwrap_or_else(PoisonError::into_inner);
+        match state.cancelled {
+            true => Err(Cancelled),
+            false => Ok(()),
         }
     }
 
@@ -230,8 +305,10 @@ impl Board {
             migration.error = error;
             migration.address = None;
             migration.status = status;
-            self.events.send(Event::Migration(status.name()));
+            self.announce(status);
         }
+        // What a stop held back must not wait for the next event.
+        self.events.release();
     }
 
     /// The migration failed before its thread ran.
@@ -312,140 +389,4 @@ impl Migration {
 /// Milliseconds, rounded up: a downtime that was is never 0.
 fn to_ms(ns: u64) -> u64 {
     ns.div_ceil(1_000_000)
-}
-
-#[cfg(test)]
-mod tests {
-    use std::borrow::Cow;
-    use std::io::Read;
-    use std::sync::Arc;
-
-    use socket2::{Domain, Type};
-
-    use super::super::clock::Sample;
-    use super::*;
-
-    fn board() -> (Board, Arc<Mutex<Vec<Event>>>) {
-        let seen = Arc::new(Mutex::new(Vec::new()));
-        let sink = Arc::clone(&seen);
-        (
-            Board::new(EventSender::new(move |event| {
-                sink.lock().unwrap().push(event)
-            })),
-            seen,
-        )
-    }
-
-    fn begun() -> Board {
-        let board = board().0;
-        assert!(board.begin(Side::Source, "tcp:a:1".into(), Some(8192)));
-        board
-    }
-
-    #[test]
-    fn one_migration_at_a_time() {
-        let board = begun();
-        assert!(!board.begin(Side::Source, "tcp:b:1".into(), None));
-        board.finish(
-            MigrationStatus::Failed,
-            Some("why".into()),
-            Report::default(),
-        );
-        let answer = board.query();
-        assert_eq!(answer.error_desc.as_deref(), Some("why"));
-        assert!(
-            answer.blackout.is_some(),
-            "the breakdown is kept after a failure"
-        );
-        assert!(board.begin(Side::Source, "tcp:b:1".into(), None));
-        assert_eq!(board.query().error_desc, None);
-    }
-
-    #[test]
-    fn a_cancel_wakes_the_thread_and_stays_visible() {
-        let board = begun();
-        let (mut here, there) = Socket::pair(Domain::UNIX, Type::STREAM, None).unwrap();
-        board.attach(here.try_clone().unwrap()).unwrap();
-        board.cancel();
-        assert_eq!(here.read(&mut [0]).unwrap(), 0);
-        drop(there);
-        board.set_status(MigrationStatus::Device);
-        assert_eq!(board.query().status, Some(MigrationStatus::Cancelling));
-        assert_eq!(board.seal(), Err(Cancelled));
-        assert_eq!(board.attach(here), Err(Cancelled));
-    }
-
-    #[test]
-    fn past_the_point_of_no_return_nobody_cancels() {
-        let board = begun();
-        board.seal().unwrap();
-        board.cancel();
-        assert!(!board.is_cancelled());
-        assert_eq!(board.query().status, Some(MigrationStatus::Setup));
-    }
-
-    #[test]
-    fn past_the_point_of_no_return_an_end_of_the_process_still_wakes_the_thread() {
-        let board = begun();
-        let (mut here, _there) = Socket::pair(Domain::UNIX, Type::STREAM, None).unwrap();
-        board.attach(here.try_clone().unwrap()).unwrap();
-        board.seal().unwrap();
-        board.abandon();
-        assert!(!board.is_cancelled());
-        assert_eq!(here.read(&mut [0]).unwrap(), 0);
-    }
-
-    #[test]
-    fn each_status_is_an_event() {
-        let (board, events) = board();
-        board.begin(Side::Source, "tcp:a:1".into(), None);
-        board.set_status(MigrationStatus::Active);
-        board.finish(MigrationStatus::Completed, None, Report::default());
-        let names: Vec<_> = ["setup", "active", "completed"]
-            .map(Event::Migration)
-            .into();
-        assert_eq!(*events.lock().unwrap(), names);
-    }
-
-    #[test]
-    fn both_sides_stand_on_the_clock_of_the_source() {
-        let board = begun();
-        let start = board.query().blackout.is_none().then(monotonic_ns).unwrap();
-        let span = |name, start_ns| SpanRecord {
-            name: Cow::Borrowed(name),
-            hop: 8,
-            detail: None,
-            depth: 0,
-            start_ns,
-            duration_ns: 5,
-            rc: 0,
-        };
-        let mut clock = Clock::default();
-        let ahead = 1_000_000;
-        clock.add(Sample {
-            t1: start,
-            t2: start + ahead + 10,
-            t3: start + ahead + 10,
-            t4: start + 20,
-        });
-        let report = Report {
-            id: 3,
-            spans: vec![span("migrate", start)],
-            peer_spans: vec![span("vm_start", start + ahead + 700)],
-            clock,
-            downtime_start_ns: Some(start + 100),
-            first_run_ns: Some(start + ahead + 800),
-        };
-        board.finish(MigrationStatus::Completed, None, report);
-        let answer = board.query();
-        assert_eq!(answer.downtime, Some(1), "half a millisecond is not none");
-        let blackout = answer.blackout.unwrap();
-        assert_eq!(blackout.downtime_ns, Some(700));
-        assert_eq!(blackout.clock.unwrap().error_ns, 10);
-        let [here, there] = &blackout.spans[..] else {
-            panic!("{:?}", blackout.spans)
-        };
-        assert_eq!((here.side, there.side), (Side::Source, Side::Destination));
-        assert_eq!(there.start_ns - here.start_ns, 700);
-    }
 }

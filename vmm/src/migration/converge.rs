@@ -24,7 +24,6 @@ pub(super) enum Decision {
 /// rounds go on as long as each halves it: all of them together cost less than the last one before.
 #[derive(Clone, Debug)]
 pub(super) struct Convergence {
-    limit_ns: u64,
     rounds: u32,
     stalled: u32,
     least: u64,
@@ -34,10 +33,9 @@ pub(super) struct Convergence {
 }
 
 impl Convergence {
-    /// `limit_ns` is the downtime limit, `total` the bytes of RAM that the first round sends.
-    pub(super) fn new(limit_ns: u64, total: u64) -> Self {
+    /// `total` is the bytes of RAM that the first round sends.
+    pub(super) fn new(total: u64) -> Self {
         Convergence {
-            limit_ns,
             rounds: 0,
             stalled: 0,
             least: total,
@@ -47,8 +45,14 @@ impl Convergence {
     }
 
     /// A round is over: the destination has loaded its `loaded` bytes `took_ns` after it began, and
-    /// `remaining` bytes were dirtied meanwhile.
-    pub(super) fn round(&mut self, loaded: u64, took_ns: u64, remaining: u64) -> Decision {
+    /// `remaining` bytes were dirtied meanwhile. `limit_ns` is the downtime limit as it is now.
+    pub(super) fn round(
+        &mut self,
+        loaded: u64,
+        took_ns: u64,
+        remaining: u64,
+        limit_ns: u64,
+    ) -> Decision {
         if loaded > 0 {
             self.rate = (loaded, took_ns.max(1));
         }
@@ -60,9 +64,7 @@ impl Convergence {
         self.least = self.least.min(remaining);
         self.last = remaining;
 
-        let fits = self
-            .expected_ns(remaining)
-            .is_some_and(|ns| ns <= self.limit_ns);
+        let fits = self.expected_ns(remaining).is_some_and(|ns| ns <= limit_ns);
         let enough = self.stalled >= MAX_STALLED || self.rounds >= MAX_ROUNDS;
         match (fits, enough) {
             (true, false) if halved && remaining > 0 => Decision::Another,
@@ -98,24 +100,28 @@ mod tests {
 
     const MIB: u64 = 1 << 20;
     const MS: u64 = 1_000_000;
+    const LIMIT: u64 = 300 * MS;
 
     fn convergence() -> Convergence {
-        Convergence::new(300 * MS, 128 * MIB)
+        Convergence::new(128 * MIB)
     }
 
     #[test]
     fn an_idle_guest_stops_after_the_first_round() {
-        assert_eq!(convergence().round(128 * MIB, 100 * MS, 0), Decision::Stop);
+        assert_eq!(
+            convergence().round(128 * MIB, 100 * MS, 0, LIMIT),
+            Decision::Stop
+        );
         let mut zeros = convergence();
-        assert_eq!(zeros.round(0, 10 * MS, 0), Decision::Stop);
+        assert_eq!(zeros.round(0, 10 * MS, 0, LIMIT), Decision::Stop);
     }
 
     #[test]
     fn rounds_that_halve_the_rest_go_on_and_the_first_that_does_not_stops() {
         let mut c = convergence();
-        assert_eq!(c.round(128 * MIB, 100 * MS, MIB), Decision::Another);
-        assert_eq!(c.round(MIB, MS, MIB / 4), Decision::Another);
-        assert_eq!(c.round(MIB / 4, MS / 4, MIB / 4), Decision::Stop);
+        assert_eq!(c.round(128 * MIB, 100 * MS, MIB, LIMIT), Decision::Another);
+        assert_eq!(c.round(MIB, MS, MIB / 4, LIMIT), Decision::Another);
+        assert_eq!(c.round(MIB / 4, MS / 4, MIB / 4, LIMIT), Decision::Stop);
         assert_eq!(c.expected_ns(MIB / 4), Some(MS / 4));
     }
 
@@ -123,23 +129,35 @@ mod tests {
     fn a_rest_that_does_not_fit_the_limit_is_sent_while_the_guest_runs() {
         let mut c = convergence();
         // 100 MiB/s: the limit holds 30 MiB.
-        assert_eq!(c.round(128 * MIB, 1280 * MS, 120 * MIB), Decision::Another);
-        assert_eq!(c.round(120 * MIB, 1200 * MS, 31 * MIB), Decision::Another);
-        assert_eq!(c.round(31 * MIB, 310 * MS, 29 * MIB), Decision::Stop);
+        assert_eq!(
+            c.round(128 * MIB, 1280 * MS, 120 * MIB, LIMIT),
+            Decision::Another
+        );
+        assert_eq!(
+            c.round(120 * MIB, 1200 * MS, 31 * MIB, LIMIT),
+            Decision::Another
+        );
+        assert_eq!(c.round(31 * MIB, 310 * MS, 29 * MIB, LIMIT), Decision::Stop);
     }
 
     #[test]
     fn a_rate_of_zero_decides_nothing() {
-        assert_eq!(convergence().round(0, 10 * MS, MIB), Decision::Another);
+        assert_eq!(
+            convergence().round(0, 10 * MS, MIB, LIMIT),
+            Decision::Another
+        );
     }
 
     #[test]
     fn a_guest_that_never_converges_ends_in_a_clear_state() {
         let mut c = convergence();
-        let decisions = (0..).map(|_| c.round(64 * MIB, 640 * MS, 64 * MIB));
+        let decisions = (0..).map(|_| c.round(64 * MIB, 640 * MS, 64 * MIB, LIMIT));
         let rounds = decisions.take_while(|&d| d == Decision::Another).count();
         assert_eq!(rounds, MAX_STALLED as usize);
-        assert_eq!(c.round(64 * MIB, 640 * MS, 64 * MIB), Decision::GiveUp);
+        assert_eq!(
+            c.round(64 * MIB, 640 * MS, 64 * MIB, LIMIT),
+            Decision::GiveUp
+        );
         assert_eq!(c.bytes_per_second(), 100 * MIB);
     }
 
@@ -151,7 +169,7 @@ mod tests {
         loop {
             let next = rest / 100 * 90;
             rounds += 1;
-            match c.round(rest, rest / MIB * 10 * MS, next) {
+            match c.round(rest, rest / MIB * 10 * MS, next, LIMIT) {
                 Decision::Another => rest = next,
                 decision => break assert_eq!(decision, Decision::Stop),
             }

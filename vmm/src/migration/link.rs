@@ -1,10 +1,13 @@
 //! The source's end of the connection: pages that are acknowledged, and the other side's clock.
 
+use std::time::{Duration, Instant};
+
 use socket2::Socket;
 
-use super::board::Board;
+use super::board::{Board, Cancelled};
 use super::channel::{Channel, Patience};
 use super::clock::{Clock, Sample};
+use super::settings::Parameter;
 use super::status::describe;
 use super::stream::Error;
 use super::stream::frame::Kind;
@@ -23,6 +26,8 @@ use crate::spanlog::{SpanRecord, monotonic_ns};
 /// Frames of pages that may be on their way at once: 16 MiB. Each is answered, so this bounds what
 /// the answers take up as well, and neither side can block the other for ever.
 const WINDOW: u64 = 64;
+/// How often a source that keeps to a bandwidth looks whether it still is to.
+const LOOK: Duration = Duration::from_millis(50);
 /// Clock samples before the first round.
 const CLOCK_SAMPLES: u32 = 8;
 
@@ -35,6 +40,9 @@ pub(crate) enum SendError {
     /// The guest's memory.
     #[error("reading guest RAM")]
     Memory(#[from] memory::Error),
+    /// A person gave up.
+    #[error(transparent)]
+    Cancelled(#[from] Cancelled),
 }
 
 impl Errno for SendError {
@@ -42,6 +50,39 @@ impl Errno for SendError {
         match self {
             SendError::Stream(source) => source.errno(),
             SendError::Memory(source) => source.errno(),
+            SendError::Cancelled(_) => libc::ECANCELED,
+        }
+    }
+}
+
+/// How fast pages are sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Pace {
+    /// As `max-bandwidth` says.
+    Limited,
+    /// The guest is stopped, and nothing else counts.
+    Full,
+}
+
+impl Pace {
+    /// Waits until `sent` does not exceed the bandwidth since `began`. The limit may change meanwhile,
+    /// so it is asked for again and again.
+    fn keep(self, sent: Tally, began: Instant, board: &Board) -> Result<(), Cancelled> {
+        if self == Pace::Full {
+            return Ok(());
+        }
+        loop {
+            let limit = board.settings().parameter(Parameter::MaxBandwidth);
+            let due_ns = match limit {
+                0 => 0,
+                _ => u128::from(sent.bytes) * 1_000_000_000 / u128::from(limit),
+            };
+            let due = Duration::from_nanos(u64::try_from(due_ns).unwrap_or(u64::MAX));
+            let early = due.saturating_sub(began.elapsed());
+            if early.is_zero() {
+                return Ok(());
+            }
+            board.sleep(early.min(LOOK))?;
         }
     }
 }
@@ -166,10 +207,12 @@ impl Link {
         round: u32,
         zeroes: &[PageRun],
         runs: &[PageRun],
+        pace: Pace,
         board: &Board,
     ) -> Result<Tally, SendError> {
         let mut packer = Packer::new(round);
         let mut sent = Tally::default();
+        let began = Instant::now();
         for &PageRun { mut gpa, mut pages } in zeroes {
             while pages > 0 {
                 if packer.is_full() {
@@ -183,6 +226,7 @@ impl Link {
             for page in 0..run.pages {
                 if packer.is_full() {
                     sent.add(self.send_packed(&mut packer, board)?);
+                    pace.keep(sent, began, board)?;
                 }
                 packer.add(ram, run.gpa + page * PAGE_SIZE)?;
             }
@@ -190,6 +234,7 @@ impl Link {
         if packer.tally().pages > 0 {
             sent.add(self.send_packed(&mut packer, board)?);
         }
+        pace.keep(sent, began, board)?;
         Ok(sent)
     }
 
@@ -274,13 +319,24 @@ impl Link {
         Ok(())
     }
 
+    /// Finds out, without waiting, that the destination has gone.
+    ///
+    /// # Errors
+    /// Its reason, if it gave one.
+    pub(super) fn check_peer(&mut self) -> Result<(), Error> {
+        if !self.channel.is_broken() {
+            return Ok(());
+        }
+        let offset = self.channel.received_bytes();
+        let place = "where the destination should wait for the source";
+        let error = Error::Truncated { offset, place };
+        Err(self.channel.explain(error))
+    }
+
     /// Hands the guest over, unless the destination has gone already.
     pub(super) fn send_commit(&mut self) -> Committed {
-        if self.channel.is_broken() {
-            let offset = self.channel.received_bytes();
-            let place = "where the destination should wait for the commit";
-            let error = Error::Truncated { offset, place };
-            return Committed::No(self.channel.explain(error));
+        if let Err(error) = self.check_peer() {
+            return Committed::No(error);
         }
         self.commit_ns = monotonic_ns();
         let token = self.their_token;

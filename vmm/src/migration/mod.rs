@@ -18,6 +18,7 @@ mod link;
 mod outgoing;
 mod precopy;
 mod receiver;
+pub mod settings;
 pub mod status;
 mod stop;
 mod stream;
@@ -39,7 +40,8 @@ use board::Board;
 pub use channel::Patience;
 use connect::Listener;
 pub use outgoing::Parameters;
-use status::{QueryMigrate, Side};
+use settings::{Capability, Settings};
+use status::{MigrationStatus, QueryMigrate, Side};
 use uri::{Incoming, Uri};
 use vm::{MigrationVm, lock};
 
@@ -52,6 +54,9 @@ pub enum Error {
     /// One is under way; QEMU's words.
     #[error("There's a migration process in progress")]
     Busy,
+    /// `migrate-continue` at another time than the client thought; QEMU's words.
+    #[error("Migration not in expected state: {}", .0.map_or("none", MigrationStatus::name))]
+    NotInState(Option<MigrationStatus>),
     /// The machine waits for a guest of its own; QEMU's words.
     #[error("Guest is waiting for an incoming migration")]
     Inmigrate,
@@ -74,7 +79,10 @@ impl Errno for Error {
         match self {
             Error::Uri(source) => source.errno(),
             Error::Busy => libc::EBUSY,
-            Error::Inmigrate | Error::Postmigrate | Error::NotIncoming(_) => libc::EINVAL,
+            Error::NotInState(_)
+            | Error::Inmigrate
+            | Error::Postmigrate
+            | Error::NotIncoming(_) => libc::EINVAL,
             Error::Listen(source) => source.errno(),
             Error::Thread(source) => source.errno(),
         }
@@ -94,7 +102,7 @@ pub struct Migrations {
 impl Migrations {
     /// No migration yet. `events` hears of each change of status.
     pub fn new(machine: SharedMachine, parameters: Parameters, events: EventSender) -> Self {
-        let board = Arc::new(Board::new(events));
+        let board = Arc::new(Board::new(events, Arc::default()));
         Migrations {
             machine,
             parameters,
@@ -152,6 +160,30 @@ impl Migrations {
     /// at once; the status becomes `cancelled` when everything is as it was before.
     pub fn cancel(&self) {
         self.board.cancel();
+    }
+
+    /// What clients set.
+    pub fn settings(&self) -> &Settings {
+        self.board.settings()
+    }
+
+    /// Switches capabilities for the migrations to come.
+    ///
+    /// # Errors
+    /// While one is under way.
+    pub fn set_capabilities(&self, changes: &[(Capability, bool)]) -> Result<(), Error> {
+        let switched = self
+            .board
+            .if_idle(|settings| settings.set_capabilities(changes));
+        switched.ok_or(Error::Busy)
+    }
+
+    /// Lets a migration go on that waits in `state`.
+    ///
+    /// # Errors
+    /// When it is not in that state.
+    pub fn go_on(&self, state: MigrationStatus) -> Result<(), Error> {
+        self.board.go_on(state).map_err(Error::NotInState)
     }
 
     /// The migration that is under way, or the last one. Answers also while the machine is stopped.

@@ -31,8 +31,6 @@ const ID_MASK: u64 = (1 << 53) - 1;
 /// How to migrate.
 #[derive(Clone, Copy, Debug)]
 pub struct Parameters {
-    /// The guest is stopped when what is left takes no longer than this, ns.
-    pub downtime_limit_ns: u64,
     /// Whether to compare a checksum of all RAM at the switchover. It adds to the downtime what
     /// reading all RAM takes, on both sides: for tests.
     pub verify_ram: bool,
@@ -41,10 +39,9 @@ pub struct Parameters {
 }
 
 impl Default for Parameters {
-    /// QEMU's downtime limit, 300 ms, and no checksum.
+    /// No checksum.
     fn default() -> Self {
         Parameters {
-            downtime_limit_ns: 300_000_000,
             verify_ram: false,
             patience: Patience::default(),
         }
@@ -113,6 +110,7 @@ impl From<SendError> for Error {
         match error {
             SendError::Stream(source) => source.into(),
             SendError::Memory(source) => source.into(),
+            SendError::Cancelled(cancelled) => cancelled.into(),
         }
     }
 }

@@ -3,8 +3,9 @@
 
 use super::board::Board;
 use super::converge::{Convergence, Decision};
-use super::link::{Link, SendError};
+use super::link::{Link, Pace, SendError};
 use super::outgoing::{Attempt, Error, Parameters};
+use super::settings::Parameter;
 use super::status::MigrationStatus;
 use super::switchover;
 use super::vm::SourceVm;
@@ -25,8 +26,7 @@ pub(super) fn migration_thread(
     board: &Board,
 ) -> Result<(), Error> {
     probes::migration_thread(attempt.id()).run(|_| {
-        let rest = ram_rounds(vm, link, parameters, board)?;
-        board.set_status(MigrationStatus::Device);
+        let rest = ram_rounds(vm, link, board)?;
         switchover::complete(vm, link, attempt, rest, parameters, board)
     })
 }
@@ -40,23 +40,18 @@ pub(super) struct Rest {
 }
 
 /// Sends all of RAM, then what was dirtied meanwhile, and again, until it is time to stop.
-fn ram_rounds(
-    vm: &impl SourceVm,
-    link: &mut Link,
-    parameters: &Parameters,
-    board: &Board,
-) -> Result<Rest, Error> {
+fn ram_rounds(vm: &impl SourceVm, link: &mut Link, board: &Board) -> Result<Rest, Error> {
     let ram = vm.ram();
     vm.set_dirty_log(true)?;
     board.set_status(MigrationStatus::Active);
-    let mut convergence = Convergence::new(parameters.downtime_limit_ns, ram.size());
+    let mut convergence = Convergence::new(ram.size());
     // What the guest writes from here on, also to a page that was untouched, is in the dirty log.
     let (mut runs, mut untouched) = ram.written_and_untouched()?;
     let mut round = 1;
     loop {
         let began = monotonic_ns();
         let sent = probes::ram_round(round.into()).run(|span| {
-            let sent = link.send_pages(&ram, round, &untouched, &runs, board)?;
+            let sent = link.send_pages(&ram, round, &untouched, &runs, Pace::Limited, board)?;
             link.finish_round(round, sent)?;
             (span.pages, span.bytes) = (sent.pages, sent.bytes);
             Ok::<_, SendError>(sent)
@@ -67,7 +62,9 @@ fn ram_rounds(
         untouched.clear();
         runs = vm.take_dirty()?;
         let remaining = bytes(&runs);
-        let decision = convergence.round(sent.bytes, took_ns, remaining);
+        let limit_ms = board.settings().parameter(Parameter::DowntimeLimit);
+        let limit_ns = limit_ms.saturating_mul(1_000_000);
+        let decision = convergence.round(sent.bytes, took_ns, remaining, limit_ns);
         board.set_expected_downtime(convergence.expected_ns(remaining));
         board.update_ram(|ram| {
             ram.transferred = link.loaded_bytes();
@@ -90,7 +87,7 @@ fn ram_rounds(
                     rounds: round,
                     dirtied: remaining,
                     rate: convergence.bytes_per_second(),
-                    limit_ms: parameters.downtime_limit_ns / 1_000_000,
+                    limit_ms,
                 });
             }
         }

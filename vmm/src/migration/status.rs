@@ -22,6 +22,8 @@ pub enum MigrationStatus {
     Setup,
     /// RAM is sent or loaded while the guest runs at the source.
     Active,
+    /// The guest is stopped, and the source waits for `migrate-continue`.
+    PreSwitchover,
     /// The guest is stopped; the rest is sent or loaded.
     Device,
     /// The guest is the destination's.
@@ -39,6 +41,22 @@ pub enum MigrationStatus {
 }
 
 impl MigrationStatus {
+    /// All there are.
+    pub const ALL: [MigrationStatus; 9] = {
+        use MigrationStatus::*;
+        [
+            Setup,
+            Active,
+            PreSwitchover,
+            Device,
+            Completed,
+            Failed,
+            Cancelling,
+            Cancelled,
+            Unknown,
+        ]
+    };
+
     /// QEMU's name of it.
     pub fn name(self) -> &'static str {
         self.c_name().to_str().unwrap_or_default()
@@ -49,6 +67,7 @@ impl MigrationStatus {
         match self {
             MigrationStatus::Setup => c"setup",
             MigrationStatus::Active => c"active",
+            MigrationStatus::PreSwitchover => c"pre-switchover",
             MigrationStatus::Device => c"device",
             MigrationStatus::Completed => c"completed",
             MigrationStatus::Failed => c"failed",

@@ -2,15 +2,22 @@
 //!
 //! `commit.rs` is the rule of who has the guest; here it is carried out.
 
+use std::time::Duration;
+
 use super::board::Board;
 use super::commit::SourceEvent;
-use super::link::{Committed, Link};
+use super::link::{Committed, Link, Pace};
 use super::outgoing::{Attempt, Error, Parameters};
 use super::precopy::{Rest, bytes};
+use super::settings::Capability;
+use super::status::MigrationStatus;
 use super::vm::SourceVm;
 use crate::memory::{PAGE_SIZE, PageRun};
 use crate::probes::{self, Guarded};
 use crate::runstate::RunState;
+
+/// How often a source that waits for a client looks for the other side.
+const LOOK: Duration = Duration::from_secs(1);
 
 /// Stops the guest, sends the rest, and hands the guest over.
 ///
@@ -26,6 +33,10 @@ pub(super) fn complete(
 ) -> Result<(), Error> {
     attempt.commit = attempt.commit.on(SourceEvent::Stop);
     vm.migration_stop_vm(&mut attempt.stop)?;
+    if board.settings().is_on(Capability::PauseBeforeSwitchover) {
+        pre_switchover(link, attempt.id(), board)?;
+    }
+    board.set_status(MigrationStatus::Device);
     ram_final(vm, link, rest, parameters, board)?;
     device_save(vm, link, attempt)?;
     let old = attempt.stop.vm_old_state.unwrap_or(RunState::Paused);
@@ -33,6 +44,19 @@ pub(super) fn complete(
     // It is the destination's turn: there is time to say that the guest is stopped.
     board.release_events();
     switchover(vm, link, attempt, board)
+}
+
+/// Waits for `migrate-continue`, with the guest stopped. A client uses the time for what has to move
+/// with the guest, such as its disks.
+fn pre_switchover(link: &mut Link, id: u64, board: &Board) -> Result<(), Error> {
+    probes::pre_switchover(id).run(|_| {
+        board.set_status(MigrationStatus::PreSwitchover);
+        board.release_events();
+        while !board.wait_go_on(LOOK)? {
+            link.check_peer()?;
+        }
+        Ok(())
+    })
 }
 
 /// Sends the pages that are dirty still. The handlers of the stop have run: what they wrote to
@@ -51,7 +75,7 @@ fn ram_final(
             ram.remaining = bytes(&runs);
             ram.dirty_sync_count += 1;
         });
-        let sent = link.send_pages(&ram, rest.round, &[], &runs, board)?;
+        let sent = link.send_pages(&ram, rest.round, &[], &runs, Pace::Full, board)?;
         let checksum = if parameters.verify_ram {
             Some(ram.checksum()?)
         } else {

@@ -5,8 +5,10 @@ use std::ffi::CStr;
 use serde_json::{Value, json};
 
 use super::arguments::Arguments;
+use super::settings;
 use super::wire::{self, Error};
-use crate::migration::status::QueryMigrate;
+use crate::migration::settings::{Capability, Settings};
+use crate::migration::status::{MigrationStatus, QueryMigrate};
 use crate::runstate::RunState;
 
 /// What the verbs ask of the monitor behind them.
@@ -38,6 +40,21 @@ pub trait Backend: Send + Sync {
     /// # Errors
     /// Why it can't.
     fn migrate_incoming(&self, uri: &str) -> Result<(), Error>;
+
+    /// What clients set of migrations.
+    fn settings(&self) -> &Settings;
+
+    /// Switches capabilities of migrations.
+    ///
+    /// # Errors
+    /// While a migration is under way.
+    fn set_capabilities(&self, changes: &[(Capability, bool)]) -> Result<(), Error>;
+
+    /// Lets a migration go on that waits in `state`.
+    ///
+    /// # Errors
+    /// When it is not in that state.
+    fn migrate_continue(&self, state: MigrationStatus) -> Result<(), Error>;
 
     /// Gives up the outgoing migration that is under way, if there is one.
     fn migrate_cancel(&self);
@@ -94,12 +111,26 @@ pub(super) struct Verb {
 pub(super) const VERBS: &[Verb] = &[
     verb(c"cont", cont),
     verb(c"migrate", migrate),
+    verb(c"migrate-continue", settings::migrate_continue),
     verb(c"migrate-incoming", migrate_incoming),
+    verb(
+        c"migrate-set-capabilities",
+        settings::migrate_set_capabilities,
+    ),
+    verb(c"migrate-set-parameters", settings::migrate_set_parameters),
     verb(c"migrate_cancel", migrate_cancel),
     verb(c"qmp_capabilities", qmp_capabilities),
     verb(c"query-commands", query_commands),
     verb(c"query-kvm", query_kvm),
     verb(c"query-migrate", query_migrate),
+    verb(
+        c"query-migrate-capabilities",
+        settings::query_migrate_capabilities,
+    ),
+    verb(
+        c"query-migrate-parameters",
+        settings::query_migrate_parameters,
+    ),
     verb(c"query-name", query_name),
     verb(c"query-status", query_status),
     verb(c"query-target", query_target),
@@ -131,10 +162,11 @@ const fn verb(
     Verb { name, run }
 }
 
-type Answer = Result<Value, Error>;
+/// What a verb returns.
+pub(super) type Answer = Result<Value, Error>;
 
 /// What a verb without a result returns.
-fn done() -> Answer {
+pub(super) fn done() -> Answer {
     Ok(json!({}))
 }
 

@@ -11,6 +11,7 @@ mod json;
 mod monitor;
 mod server;
 mod session;
+mod settings;
 #[cfg(test)]
 mod tests;
 mod wire;

@@ -8,7 +8,8 @@ use super::wire::Error;
 use crate::control::{system_reset, vm_start, vm_stop};
 use crate::machine::{Machine, SharedMachine};
 use crate::migration::Migrations;
-use crate::migration::status::QueryMigrate;
+use crate::migration::settings::{Capability, Settings};
+use crate::migration::status::{MigrationStatus, QueryMigrate};
 use crate::runstate::{Request, RunState};
 
 /// A machine under control.
@@ -55,6 +56,18 @@ impl Backend for Monitor {
 
     fn migrate_incoming(&self, uri: &str) -> Result<(), Error> {
         Ok(self.migrations.incoming(uri)?)
+    }
+
+    fn settings(&self) -> &Settings {
+        self.migrations.settings()
+    }
+
+    fn set_capabilities(&self, changes: &[(Capability, bool)]) -> Result<(), Error> {
+        Ok(self.migrations.set_capabilities(changes)?)
+    }
+
+    fn migrate_continue(&self, state: MigrationStatus) -> Result<(), Error> {
+        Ok(self.migrations.go_on(state)?)
     }
 
     fn migrate_cancel(&self) {

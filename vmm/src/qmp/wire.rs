@@ -46,13 +46,22 @@ pub enum Error {
     NoCapability(String),
     /// An argument that must be there is not.
     #[error("Parameter '{0}' is missing")]
-    Missing(&'static str),
+    Missing(String),
     /// An argument that the verb does not have.
     #[error("Parameter '{0}' is unexpected")]
     Unexpected(String),
     /// An argument of the wrong type.
     #[error("Invalid parameter type for '{0}', expected: {1}")]
-    Type(&'static str, &'static str),
+    Type(String, &'static str),
+    /// A number of the wrong kind, or out of range.
+    #[error("Parameter '{0}' expects {1}")]
+    Expects(&'static str, &'static str),
+    /// A value that is none of an enumeration's.
+    #[error("Parameter '{0}' does not accept value '{1}'")]
+    Value(&'static str, String),
+    /// A parameter of migrations out of its range.
+    #[error(transparent)]
+    Range(#[from] migration::settings::OutOfRange),
     /// What was asked for can't be done in the state that the VM is in.
     #[error("{0}")]
     State(&'static str),

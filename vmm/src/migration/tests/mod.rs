@@ -260,7 +260,7 @@ struct Bench {
 
 impl Bench {
     fn new() -> Bench {
-        let board = || Arc::new(Board::new(EventSender::new(|_| {})));
+        let board = || Arc::new(Board::new(EventSender::new(|_| {}), Arc::default()));
         Bench {
             folder: tempfile::tempdir().unwrap(),
             source: board(),

@@ -1,5 +1,6 @@
 //! What a migration ends in when the connection holds.
 
+use super::super::settings::{Capability, Parameter};
 use super::*;
 
 #[test]
@@ -178,11 +179,10 @@ fn a_page_that_the_dirty_log_missed_is_found_by_the_checksum() {
 #[test]
 fn a_guest_that_does_not_converge_runs_on() {
     let (source, target) = (Fake::source().with(|f| f.busy = PAGES), Fake::target());
-    let limit = Parameters {
-        downtime_limit_ns: 0,
-        ..Parameters::default()
-    };
-    let outcome = Bench::new().migrate(&source, &target, limit, |uri| uri);
+    let bench = Bench::new();
+    let none = [(Parameter::DowntimeLimit, 0)];
+    bench.source.settings().set_parameters(&none).unwrap();
+    let outcome = bench.migrate(&source, &target, Parameters::default(), |uri| uri);
     check(&source, &target, &outcome);
     let error = outcome.source.error_desc.unwrap();
     let start = "the guest does not converge: after 30 rounds 32 KiB are dirty still";
@@ -291,4 +291,50 @@ fn a_side_that_is_busy_is_not_dead_and_one_that_is_silent_is() {
         error.contains("gave up") && error.contains("timed out"),
         "{error}"
     );
+}
+
+#[test]
+fn a_migration_that_pauses_before_the_switchover_goes_on_or_is_cancelled() {
+    for goes_on in [true, false] {
+        let bench = Bench::new();
+        let pause = [(Capability::PauseBeforeSwitchover, true)];
+        bench.source.settings().set_capabilities(&pause);
+        let board = Arc::clone(&bench.source);
+        let person = thread::spawn(move || {
+            while board.query().status != Some(MigrationStatus::PreSwitchover) {
+                thread::sleep(Duration::from_millis(1));
+            }
+            match goes_on {
+                true => board.go_on(MigrationStatus::PreSwitchover).unwrap(),
+                false => board.cancel(),
+            }
+        });
+        let (source, target) = (Fake::source(), Fake::target());
+        let outcome = bench.migrate(&source, &target, Parameters::default(), |uri| uri);
+        person.join().unwrap();
+        check(&source, &target, &outcome);
+        let expected = match goes_on {
+            true => MigrationStatus::Completed,
+            false => MigrationStatus::Cancelled,
+        };
+        assert_eq!(outcome.source.status, Some(expected));
+        let paused = spans(&outcome.source, Side::Source).any(|s| s.name == "pre_switchover");
+        assert!(paused);
+    }
+}
+
+#[test]
+fn a_bandwidth_is_kept_to() {
+    let bench = Bench::new();
+    // A round of 8 pages takes a quarter of a second.
+    let slow = [(Parameter::MaxBandwidth, 4 * PAGES * PAGE_SIZE)];
+    bench.source.settings().set_parameters(&slow).unwrap();
+    let (source, target) = (Fake::source(), Fake::target());
+    for page in 0..PAGES {
+        source.ram.write(page * PAGE_SIZE, &[7; 9]).unwrap();
+    }
+    let outcome = bench.migrate(&source, &target, Parameters::default(), |uri| uri);
+    check(&source, &target, &outcome);
+    let took = outcome.source.total_time.unwrap();
+    assert!((250..5_000).contains(&took), "{took} ms");
 }

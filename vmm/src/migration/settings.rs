@@ -1,0 +1,172 @@
+//! What a client sets of migrations: QEMU's parameters and capabilities, those that mean something
+//! here. Parameters may change while a migration runs, which follows them from round to round.
+
+use std::sync::{Mutex, MutexGuard, PoisonError};
+
+/// Rows of `Variant = "name", default, max, "what its values are", "doc";`.
+macro_rules! parameters {
+    ($($variant:ident = $name:literal, $default:expr, $max:expr, $range:literal, $doc:literal;)*) => {
+        /// A parameter of migrations: QEMU's `MigrationParameter`.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        pub enum Parameter { $(#[doc = $doc] $variant,)* }
+
+        impl Parameter {
+            /// All there are.
+            pub const ALL: &[Parameter] = &[$(Parameter::$variant,)*];
+            const DEFAULTS: [u64; Self::ALL.len()] = [$($default,)*];
+
+            /// QEMU's name of it.
+            pub fn name(self) -> &'static str {
+                match self { $(Parameter::$variant => $name,)* }
+            }
+
+            /// The largest value, and how QEMU's error says what the values are.
+            fn range(self) -> (u64, &'static str) {
+                match self { $(Parameter::$variant => ($max, $range),)* }
+            }
+        }
+    };
+}
+
+parameters! {
+    DowntimeLimit = "downtime-limit", 300, 2_000_000, "an integer in the range of 0 to (2000 * 1000) ms",
+        "The guest is stopped when what is left takes no longer than this, ms.";
+    MaxBandwidth = "max-bandwidth", 0, u64::MAX, "an integer",
+        "RAM is sent no faster than this while the guest runs, bytes a second; 0 is as fast as it goes, \
+         which is the default here and not QEMU's.";
+}
+
+macro_rules! capabilities {
+    ($($variant:ident = $name:literal, $doc:literal;)*) => {
+        /// What migrations can do if they are told to: QEMU's `MigrationCapability`.
+        #[derive(Clone, Copy, Debug, PartialEq, Eq)]
+        pub enum Capability { $(#[doc = $doc] $variant,)* }
+
+        impl Capability {
+            /// All there are.
+            pub const ALL: &[Capability] = &[$(Capability::$variant,)*];
+
+            /// QEMU's name of it.
+            pub fn name(self) -> &'static str {
+                match self { $(Capability::$variant => $name,)* }
+            }
+
+            /// The one that QEMU calls `name`.
+            pub fn from_name(name: &str) -> Option<Capability> {
+                Self::ALL.iter().copied().find(|capability| capability.name() == name)
+            }
+        }
+    };
+}
+
+capabilities! {
+    Events = "events", "Each change of a migration's status is a `MIGRATION` event.";
+    PauseBeforeSwitchover = "pause-before-switchover",
+        "The source stops the guest, then waits for `migrate-continue` before it sends the rest.";
+}
+
+/// A value that a parameter can't have; QEMU's words, and its underscores.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("Parameter '{}' expects {}", .0.name().replace('-', "_"), .0.range().1)]
+pub struct OutOfRange(Parameter);
+
+/// The settings of one machine.
+#[derive(Debug, Default)]
+pub struct Settings(Mutex<Values>);
+
+#[derive(Clone, Copy, Debug)]
+struct Values {
+    parameters: [u64; Parameter::ALL.len()],
+    capabilities: [bool; Capability::ALL.len()],
+}
+
+impl Default for Values {
+    fn default() -> Self {
+        Values {
+            parameters: Parameter::DEFAULTS,
+            capabilities: [false; Capability::ALL.len()],
+        }
+    }
+}
+
+impl Settings {
+    /// A parameter's value.
+    pub fn parameter(&self, parameter: Parameter) -> u64 {
+        self.lock().parameters[parameter as usize]
+    }
+
+    /// Sets all of `changes`, or none.
+    ///
+    /// # Errors
+    /// At the first value that its parameter can't have.
+    pub fn set_parameters(&self, changes: &[(Parameter, u64)]) -> Result<(), OutOfRange> {
+        let wrong = changes.iter().find(|(p, value)| *value > p.range().0);
+        if let Some(&(parameter, _)) = wrong {
+            return Err(OutOfRange(parameter));
+        }
+        let mut values = self.lock();
+        for &(parameter, value) in changes {
+            values.parameters[parameter as usize] = value;
+        }
+        Ok(())
+    }
+
+    /// Whether a capability is on.
+    pub fn is_on(&self, capability: Capability) -> bool {
+        self.lock().capabilities[capability as usize]
+    }
+
+    /// Switches capabilities. [`Migrations`](super::Migrations) sees to it that no migration is
+    /// under way.
+    pub fn set_capabilities(&self, changes: &[(Capability, bool)]) {
+        let mut values = self.lock();
+        for &(capability, on) in changes {
+            values.capabilities[capability as usize] = on;
+        }
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Values> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn all_changes_are_made_or_none() {
+        let settings = Settings::default();
+        let set = |limit| {
+            let changes = [
+                (Parameter::MaxBandwidth, 5),
+                (Parameter::DowntimeLimit, limit),
+            ];
+            settings.set_parameters(&changes)
+        };
+        let error = set(2_000_001).unwrap_err().to_string();
+        assert_eq!(
+            error,
+            "Parameter 'downtime_limit' expects an integer in the range of 0 to (2000 * 1000) ms"
+        );
+        assert_eq!(settings.parameter(Parameter::MaxBandwidth), 0);
+        set(2_000_000).unwrap();
+        assert_eq!(settings.parameter(Parameter::MaxBandwidth), 5);
+        assert_eq!(settings.parameter(Parameter::DowntimeLimit), 2_000_000);
+    }
+
+    #[test]
+    fn capabilities_are_off_until_they_are_switched_on() {
+        let settings = Settings::default();
+        let on = |settings: &Settings| {
+            let all = Capability::ALL.iter();
+            all.filter(|c| settings.is_on(**c)).count()
+        };
+        assert_eq!(on(&settings), 0);
+        settings.set_capabilities(&[(Capability::Events, true)]);
+        assert!(settings.is_on(Capability::Events));
+        assert_eq!(on(&settings), 1);
+        assert_eq!(Capability::from_name("events"), Some(Capability::Events));
+        assert_eq!(Capability::from_name("Events"), None);
+    }
+}

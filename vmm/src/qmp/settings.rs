@@ -1,0 +1,74 @@
+//! `[1]` The verbs about what a migration is to be like, and the one that lets it go on.
+
+use serde_json::{Map, Value, json};
+
+use super::arguments::Arguments;
+use super::commands::{Answer, Context, done};
+use super::wire::Error;
+use crate::migration::settings::{Capability, Parameter};
+use crate::migration::status::MigrationStatus;
+
+pub(super) fn query_migrate_parameters(context: &mut Context<'_>, arguments: Arguments) -> Answer {
+    arguments.finish()?;
+    let settings = context.backend.settings();
+    let all = Parameter::ALL.iter();
+    let values = all.map(|&p| (p.name().to_owned(), json!(settings.parameter(p))));
+    Ok(Value::Object(values.collect::<Map<_, _>>()))
+}
+
+/// Sets those that are named, also of a migration that is under way.
+pub(super) fn migrate_set_parameters(
+    context: &mut Context<'_>,
+    mut arguments: Arguments,
+) -> Answer {
+    let mut changes = Vec::new();
+    for &parameter in Parameter::ALL {
+        let value = arguments.number(parameter.name())?;
+        changes.extend(value.map(|value| (parameter, value)));
+    }
+    arguments.finish()?;
+    context.backend.settings().set_parameters(&changes)?;
+    done()
+}
+
+pub(super) fn query_migrate_capabilities(
+    context: &mut Context<'_>,
+    arguments: Arguments,
+) -> Answer {
+    arguments.finish()?;
+    let settings = context.backend.settings();
+    let all = Capability::ALL.iter();
+    Ok(all
+        .map(|&c| json!({ "capability": c.name(), "state": settings.is_on(c) }))
+        .collect())
+}
+
+pub(super) fn migrate_set_capabilities(
+    context: &mut Context<'_>,
+    mut arguments: Arguments,
+) -> Answer {
+    let listed = arguments.objects("capabilities")?;
+    let mut changes = Vec::new();
+    for mut one in listed {
+        let name = one.string("capability")?;
+        let Some(capability) = Capability::from_name(&name) else {
+            return Err(Error::Value("capability", name));
+        };
+        changes.push((capability, one.boolean("state")?));
+        one.finish()?;
+    }
+    arguments.finish()?;
+    context.backend.set_capabilities(&changes)?;
+    done()
+}
+
+pub(super) fn migrate_continue(context: &mut Context<'_>, mut arguments: Arguments) -> Answer {
+    let name = arguments.string("state")?;
+    arguments.finish()?;
+    let all = MigrationStatus::ALL.iter().copied();
+    let Some(state) = all.into_iter().find(|state| state.name() == name) else {
+        return Err(Error::Value("state", name));
+    };
+    context.backend.migrate_continue(state)?;
+    done()
+}
