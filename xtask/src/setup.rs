@@ -34,6 +34,8 @@ pub(crate) enum Purpose {
     Testbed,
     /// Running every test: the tools that the tests hold the project against.
     Test,
+    /// Looking at the HTML report in a real browser, as its tests then do.
+    Browser,
 }
 
 /// Something that has to be on this machine.
@@ -119,6 +121,12 @@ fn needs(purposes: &[Purpose]) -> Vec<Box<dyn Need>> {
             package: "nodejs",
         }));
         needs.push(Box::new(python::Environment));
+    }
+    if purposes.contains(&Purpose::Browser) {
+        needs.push(Box::new(Program {
+            name: "chromium",
+            package: "chromium",
+        }));
     }
     needs
 }

@@ -1,6 +1,6 @@
 //! What the program `blackout` is made of; a library so that tests and tools can use it.
 //!
-//! Imports go one way: [`cli`] → [`gate`] → [`sets`] → [`report`], [`export`] → [`analysis`] →
+//! Imports go one way: [`cli`] → [`html`] → [`gate`] → [`sets`] → [`report`], [`export`] → [`analysis`] →
 //! [`recording`] → `blackout-abi`. [`usdt`] and [`stats`] stand by themselves.
 
 pub mod analysis;
@@ -8,6 +8,7 @@ pub mod capture;
 pub mod cli;
 pub mod export;
 pub mod gate;
+pub mod html;
 pub mod recording;
 pub mod report;
 pub mod sets;

@@ -195,7 +195,7 @@ pub(super) struct Thresholds {
     relative: Option<Share>,
 
     /// The least slowdown that matters, as a time or a share of the downtime; the larger of the two
-    /// counts [default: 5%]
+    /// counts [default: 3%]
     #[arg(long, value_name = "TIME")]
     absolute: Option<Bound>,
 

@@ -1,14 +1,16 @@
 //! `blackout report`.
 
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 
-use super::check::whole;
+use super::check::{read_set, whole};
 use super::print::{json, print};
 use super::{DEFAULT_RECORDING, Outcome};
 use crate::analysis::{self, Loaded};
 use crate::gate::formats::openmetrics;
+use crate::gate::side_by_side::Compared;
+use crate::html::{self, Page};
 use crate::recording::{self, Ending, Reader};
 use crate::report::schema::Report;
 use crate::report::text;
@@ -34,6 +36,15 @@ pub(super) struct Args {
     #[arg(long)]
     json: bool,
 
+    /// Write one self-contained HTML file: a timeline to zoom, the breakdown, and with several
+    /// migrations their distribution. Files may also be reports and folders, as with --summary
+    #[arg(long, value_name = "FILE", conflicts_with_all = ["json", "summary", "migration"])]
+    html: Option<PathBuf>,
+
+    /// With --html: also compare with this set, as B
+    #[arg(long, requires = "html", value_name = "PATH")]
+    with: Option<PathBuf>,
+
     /// Sum many migrations up: percentiles and histograms of each span, what costs most, table saves
     /// over devices and events. Files may also be reports, samples and folders of them, as for
     /// `blackout check`; with --json, writes schema blackout.samples/1, a baseline for it
@@ -48,8 +59,8 @@ pub(super) struct Args {
     #[arg(long, requires = "summary", value_name = "FILE")]
     openmetrics: Option<PathBuf>,
 
-    /// With --summary: count migrations whose figures are in doubt
-    #[arg(long, requires = "summary")]
+    /// With --summary or --html: count migrations whose figures are in doubt
+    #[arg(long)]
     doubtful: bool,
 
     /// Show only the migration with this id
@@ -65,6 +76,9 @@ pub(super) struct Args {
 pub(super) fn run(args: &Args) -> anyhow::Result<Outcome> {
     if args.summary {
         return summary(args);
+    }
+    if let Some(path) = &args.html {
+        return page(args, path);
     }
     let recordings = read_all(&args.recordings)?;
     let mut migrations = analysis::find(&recordings);
@@ -117,6 +131,30 @@ fn summary(args: &Args) -> anyhow::Result<Outcome> {
     }
     let doubtful = samples.migrations == 0 || !samples.left_out.is_empty();
     Ok(if args.strict && doubtful {
+        Outcome::Bad
+    } else {
+        Outcome::Done
+    })
+}
+
+fn page(args: &Args, path: &Path) -> anyhow::Result<Outcome> {
+    let mut set = Collector::new(args.doubtful).keeping(html::TIMELINES);
+    read::into(&mut set, &args.recordings)?;
+    let migrations = set.kept();
+    let samples = set.finish(None);
+    let other = match &args.with {
+        Some(with) => Some(read_set(std::slice::from_ref(with), args.doubtful)?),
+        None => None,
+    };
+    let compared = other.map(|other| Compared::new(&samples, &other));
+    let page = Page {
+        migrations: &migrations,
+        samples: &samples,
+        compared: compared.as_ref(),
+    };
+    whole(path, |out| html::write(out, &page))
+        .with_context(|| format!("cannot write {}", path.display()))?;
+    Ok(if args.strict && samples.migrations == 0 {
         Outcome::Bad
     } else {
         Outcome::Done

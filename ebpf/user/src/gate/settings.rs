@@ -78,7 +78,7 @@ impl Default for Settings {
             alpha: 0.01,
             miss: 0.05,
             relative: Share(0.05),
-            absolute: Bound::Share(Share(0.05)),
+            absolute: Bound::Share(Share(0.03)),
             min_runs: 4,
             only: Vec::new(),
             ignore: Vec::new(),
@@ -246,7 +246,7 @@ mod tests {
         assert_eq!(settings.threshold(&handler(), 1_000, 1_000_000), 1_500);
         assert_eq!(
             settings.threshold(&Key::whole("drain"), 1_000, 1_000_000),
-            50_000
+            30_000
         );
         assert!(settings.judges(&handler()));
         let there = Key {

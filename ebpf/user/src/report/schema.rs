@@ -174,6 +174,9 @@ pub struct Vcpu {
     pub index: u64,
     /// From its last exit on the source to its first entry on the destination.
     pub blackout_ns: u64,
+    /// When that exit was.
+    #[serde(default)]
+    pub start_ns: i64,
 }
 
 impl Report {
@@ -210,6 +213,7 @@ impl Migration {
         let vcpus = downtime.vcpus.iter().map(|vcpu| Vcpu {
             index: vcpu.index,
             blackout_ns: length((vcpu.start_ns, vcpu.end_ns)),
+            start_ns: vcpu.start_ns,
         });
         Self {
             view: from.view,

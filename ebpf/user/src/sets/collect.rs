@@ -46,6 +46,9 @@ pub struct Collector {
     places: HashMap<Key, usize>,
     /// Whether migrations whose figures are in doubt count.
     doubtful: bool,
+    /// So many migrations are kept whole.
+    keep: usize,
+    kept: Vec<Migration>,
 }
 
 impl Collector {
@@ -57,6 +60,17 @@ impl Collector {
         }
     }
 
+    /// Keeps the first `keep` migrations whole, whether they have samples or not.
+    pub fn keeping(mut self, keep: usize) -> Self {
+        self.keep = keep;
+        self
+    }
+
+    /// The migrations that were kept.
+    pub fn kept(&mut self) -> Vec<Migration> {
+        std::mem::take(&mut self.kept)
+    }
+
     /// Adds a migration, or counts why it was left out.
     ///
     /// # Errors
@@ -66,6 +80,9 @@ impl Collector {
             if !self.hosts.contains(host) {
                 self.hosts.push(host.clone());
             }
+        }
+        if self.kept.len() < self.keep {
+            self.kept.push(migration.clone());
         }
         if !self.views.contains(&migration.view) {
             self.views.push(migration.view);
