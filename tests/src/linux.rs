@@ -131,6 +131,10 @@ impl Linux {
     }
 
     /// Runs a command in the background; nobody hears what it writes.
+    ///
+    /// When it ends it interrupts the shell, which busybox's reads its input by `fgets`: programs of
+    /// busybox that the shell runs without an `execve`, such as `head`, then find the error on the
+    /// standard input that they inherit, and should not be given a pipe.
     pub fn start(&mut self, command: &str) -> Result<()> {
         self.run(&format!("({command}) > /dev/null 2>&1 & true"))
             .map(drop)
