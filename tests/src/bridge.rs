@@ -7,6 +7,10 @@ use anyhow::{Context, Result, ensure};
 /// The machine's own address on it.
 pub const HOST: &str = "10.77.0.1";
 
+/// Its link address. A bridge that was given none takes the lowest of its ports', and another one when
+/// a port comes: the guests would send to the old one until they ask again.
+const MAC: &str = "02:42:6c:61:63:6b";
+
 /// A bridge with an address; gone when dropped.
 #[derive(Debug)]
 pub struct Bridge(String);
@@ -17,7 +21,7 @@ impl Bridge {
     /// # Errors
     /// When this machine has no bridges, or it may not be asked to make one.
     pub fn new(name: &str) -> Result<Self> {
-        ip(&["link", "add", name, "type", "bridge"])?;
+        ip(&["link", "add", name, "address", MAC, "type", "bridge"])?;
         let bridge = Bridge(name.to_owned());
         ip(&["addr", "add", &format!("{HOST}/24"), "dev", name])?;
         ip(&["link", "set", name, "up"])?;
