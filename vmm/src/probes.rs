@@ -97,30 +97,7 @@ macro_rules! detail {
     ($arg:ident $kind:ident $($rest:tt)*) => { detail!($($rest)*) };
 }
 
-/// The instruction of a site does nothing, and is one that the kernel emulates when it has put a
-/// breakpoint on it. What it does not emulate it copies away and single-steps, which costs a second
-/// exception and a flush of the instruction cache.
-///
-/// * On arm64 that is a branch to the next instruction: a `nop` is single-stepped up to Linux 6.12
-///   (`arch/arm64/kernel/probes/decode-insn.c`).
-/// * On x86-64 it is the `nop` of one byte. Linux 6.18 turns one of five bytes into a call, which makes
-///   later hits cheaper, but the first one costs 50 µs, and most sites of the stop path are hit once.
-#[cfg(target_arch = "aarch64")]
-macro_rules! assemble {
-    ($($rest:tt)*) => {
-        std::arch::asm!("990: b 991f", $($rest)*)
-    };
-}
-#[cfg(target_arch = "x86_64")]
-macro_rules! assemble {
-    ($($rest:tt)*) => {
-        std::arch::asm!("990: nop", $($rest)*, options(att_syntax))
-    };
-}
-
-/// A function that is a probe's site and nothing else, without a semaphore, and the note of it
-/// (`sys/sdt.h`; systemtap's wiki, "UserSpaceProbeImplementation"): link-time addresses of the site and
-/// of `.stapsdt.base`, no semaphore, provider, name, and where the arguments are.
+/// A function that is a probe's site and nothing else, without a semaphore.
 ///
 /// All sites lie together: whoever attaches has the kernel copy the pages that they are on, for each
 /// process, and copies one or two instead of one after the other of the stop path's. One copy of each
@@ -133,34 +110,7 @@ macro_rules! site {
         #[inline(never)]
         #[unsafe(link_section = "probes")]
         pub(super) extern "C" fn $name($($first: isize, $($rest: isize),*)?) {
-            // SAFETY: the instructions change neither memory nor registers nor flags; what follows them
-            // goes to sections that are not code.
-            unsafe {
-                assemble!(
-                    "991:",
-                    ".pushsection .note.stapsdt, \"?\", \"note\"",
-                    ".balign 4",
-                    ".4byte 993f - 992f, 995f - 994f, 3",
-                    "992: .asciz \"stapsdt\"",
-                    "993: .balign 4",
-                    "994: .8byte 990b, _.stapsdt.base, 0",
-                    ".asciz \"vmm\"",
-                    concat!(".asciz \"", stringify!($name), "\""),
-                    concat!(".asciz \"", $("-8@{", stringify!($first), "}", $(" -8@{", stringify!($rest), "}",)*)? "\""),
-                    "995: .balign 4",
-                    ".popsection",
-                    ".ifndef _.stapsdt.base",
-                    ".pushsection .stapsdt.base, \"aGR\", \"progbits\", .stapsdt.base, comdat",
-                    ".weak _.stapsdt.base",
-                    ".hidden _.stapsdt.base",
-                    "_.stapsdt.base: .space 1",
-                    ".size _.stapsdt.base, 1",
-                    ".popsection",
-                    ".endif",
-                    $($first = in(reg) $first, $($rest = in(reg) $rest,)*)?
-                    options(readonly, nostack, preserves_flags)
-                )
-            }
+            probe::probe!(vmm, $name $(, $first $(, $rest)*)?);
         }
 
         const _: () = {
