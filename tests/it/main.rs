@@ -17,6 +17,7 @@ mod perfetto;
 mod probes;
 mod qmp;
 mod reset;
+mod scripts;
 mod shutdown;
 mod state;
 mod trace;

@@ -3,7 +3,7 @@
 mod boot;
 mod compare;
 mod downtime;
-mod its;
+pub(crate) mod its;
 mod plot;
 mod throughput;
 

@@ -7,6 +7,7 @@ mod ci;
 mod command;
 mod demo;
 mod fuzz;
+mod gate;
 mod initramfs;
 mod kernel;
 mod linux;
@@ -46,6 +47,8 @@ enum Verb {
     Fuzz(fuzz::Arguments),
     /// Measure what the stop path costs.
     Bench(bench::Arguments),
+    /// Hold the stop path against the instructions that it is known to take.
+    Gate(gate::Arguments),
     /// Hold the sources against the project's own rules.
     Tidy(tidy::Arguments),
     /// Everything that a change has to pass.
@@ -61,6 +64,7 @@ fn main() -> ExitCode {
         Verb::Test(arguments) => test::run(&arguments),
         Verb::Fuzz(arguments) => fuzz::run(&arguments),
         Verb::Bench(arguments) => bench::run(&arguments),
+        Verb::Gate(arguments) => gate::run(&arguments),
         Verb::Tidy(arguments) => tidy::run(&arguments),
         Verb::Ci(arguments) => ci::run(&arguments),
     };

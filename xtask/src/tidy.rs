@@ -2,6 +2,7 @@
 
 mod imports;
 mod readme;
+mod scripts;
 
 use std::fmt;
 use std::fs;
@@ -44,7 +45,7 @@ const PRIVATE_PATHS: [&str; 4] = ["/home/", "/work/", "/root/", "/tmp/w/"];
 /// Arguments of `cargo xtask tidy`.
 #[derive(clap::Args, Default)]
 pub(crate) struct Arguments {
-    /// Bring the generated part of README.md up to date.
+    /// Bring the generated part of README.md and the bpftrace scripts up to date.
     #[arg(long)]
     write: bool,
 }
@@ -67,6 +68,7 @@ struct Finding {
 pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
     if arguments.write {
         readme::write()?;
+        scripts::write()?;
     }
     let findings = check()?;
     for finding in &findings {
@@ -90,6 +92,7 @@ fn check() -> Result<Vec<Finding>> {
         }
     }
     findings.extend(readme::check());
+    findings.extend(scripts::check());
     Ok(findings)
 }
 

@@ -17,7 +17,7 @@ use crate::artifacts::{self, Platform};
 use crate::kernel::{self, Arch, Package};
 use crate::paths;
 use crate::setup::{self, Purpose};
-use crate::testbed::{Mode, Testbed};
+use crate::testbed::{Mode, STARTED_AGAIN, Testbed};
 
 /// Devices and events of each that are measured. 57,344 events, 4096 × 14, is as many LPIs as there
 /// are; with 4096 × 16 some events share one.
@@ -137,41 +137,76 @@ impl Point {
 }
 
 fn measure(arguments: &Arguments) -> Result<Vec<Point>> {
-    let artifacts = artifacts::build(Platform::Testbed)?;
-    let kernel = kernel::Kernel::find(Package::testbed(arguments.kernel, Arch::Aarch64))?;
-    let testbed = Testbed::new(kernel, "bench")
-        .mode(Mode::Counting)
-        .programs(&artifacts)
-        .file(&artifacts.bench_its, "/bin/bench-its");
-    let numbers = [
-        ("--stops", arguments.stops),
-        ("--restores", arguments.restores),
-        ("--cpus", arguments.cpus),
-    ];
-    let mut program = vec!["/bin/bench-its".to_owned()];
-    program.extend(
-        numbers
-            .into_iter()
-            .flat_map(|(key, n)| [key.to_owned(), n.to_string()]),
-    );
-    program.extend(SIZES.map(|(devices, events)| format!("{devices}x{events}")));
-    let program: Vec<_> = program.iter().map(String::as_str).collect();
-
-    eprintln!("booting the testbed, whose clock counts instructions");
-    let mut lines = Vec::new();
-    let timeout = Duration::from_secs(arguments.timeout);
-    let finished = testbed.run(&program, timeout, |line| {
-        if line.starts_with('{') {
-            lines.push(line.to_owned());
-            eprintln!("{} of {} sizes measured", lines.len(), SIZES.len());
-        } else {
-            eprintln!("{line}");
-        }
-    })?;
-    if finished.status != 0 {
-        bail!("bench-its ended with status {}", finished.status);
-    }
+    let plan = Plan {
+        kernel: arguments.kernel,
+        sizes: &SIZES,
+        stops: arguments.stops,
+        restores: arguments.restores,
+        cpus: arguments.cpus,
+        timeout: Duration::from_secs(arguments.timeout),
+    };
+    let lines = plan.run("bench")?;
     lines.iter().map(|line| Point::parse(line)).collect()
+}
+
+/// What `bench-its` is to measure in counting mode.
+pub(crate) struct Plan<'a> {
+    /// The testbed's kernel.
+    pub(crate) kernel: kernel::Series,
+    /// Devices, and events of each.
+    pub(crate) sizes: &'a [(u64, u64)],
+    /// Stops of each guest.
+    pub(crate) stops: u32,
+    /// Machines into which each guest is restored.
+    pub(crate) restores: u32,
+    /// vCPUs of the guest.
+    pub(crate) cpus: u32,
+    /// When to give up.
+    pub(crate) timeout: Duration,
+}
+
+impl Plan<'_> {
+    /// Builds the programs, boots the testbed called `name`, and measures: one line of JSON a size.
+    pub(crate) fn run(&self, name: &str) -> Result<Vec<String>> {
+        let artifacts = artifacts::build(Platform::Testbed)?;
+        let kernel = kernel::Kernel::find(Package::testbed(self.kernel, Arch::Aarch64))?;
+        let testbed = Testbed::new(kernel, name)
+            .mode(Mode::Counting)
+            .programs(&artifacts)
+            .file(&artifacts.bench_its, "/bin/bench-its");
+        let numbers = [
+            ("--stops", self.stops),
+            ("--restores", self.restores),
+            ("--cpus", self.cpus),
+        ];
+        let mut program = vec!["/bin/bench-its".to_owned()];
+        program.extend(
+            numbers
+                .into_iter()
+                .flat_map(|(key, n)| [key.to_owned(), n.to_string()]),
+        );
+        let sizes = self.sizes.iter();
+        program.extend(sizes.map(|(devices, events)| format!("{devices}x{events}")));
+        let program: Vec<_> = program.iter().map(String::as_str).collect();
+
+        eprintln!("booting the testbed, whose clock counts instructions");
+        let mut lines = Vec::new();
+        let finished = testbed.run(&program, self.timeout, |line| {
+            if line == STARTED_AGAIN {
+                // What was measured before the hang is measured again.
+                lines.clear();
+            } else if line.starts_with('{') {
+                lines.push(line.to_owned());
+                eprintln!("{} of {} sizes measured", lines.len(), self.sizes.len());
+            } else {
+                eprintln!("{line}");
+            }
+        })?;
+        if finished.status != 0 {
+            bail!("bench-its ended with status {}", finished.status);
+        }
+        Ok(lines)
+    }
 }
 
 /// The operations: what they are called, and where their figures are in a [`Point`].

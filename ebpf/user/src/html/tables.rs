@@ -43,6 +43,14 @@ pub(super) fn breakdown(out: &mut dyn Write, migration: &Migration) -> io::Resul
                 span.side
             )?;
         }
+        let label = if span.label.is_empty() {
+            &span.name
+        } else {
+            &span.label
+        };
+        let known: Vec<_> = label.split(' ').collect();
+        let rest = span.detail.split(' ').filter(|word| !known.contains(word));
+        let rest = rest.collect::<Vec<_>>().join(" ");
         let class = if span.rc.is_some_and(|rc| rc < 0) {
             "bad"
         } else {
@@ -54,8 +62,8 @@ pub(super) fn breakdown(out: &mut dyn Write, migration: &Migration) -> io::Resul
              </td><td>{}</td><td>{}</td><td class=\"wide\"><div class=\"place\">\
              <i style=\"left:{:.3}%;width:{:.3}%\"></i></div></td></tr>",
             span.depth.min(12) as f64 * 0.7,
-            text(&span.name),
-            text(&span.detail),
+            text(label),
+            text(&rest),
             time(span.duration_ns),
             percent(width),
             left * 100.0,
