@@ -15,6 +15,7 @@ pub mod qmp;
 pub mod resources;
 pub mod shell;
 pub mod skip;
+pub mod slow;
 pub mod tool;
 pub mod vmm;
 

@@ -3,6 +3,7 @@
 mod boot;
 mod compare;
 mod downtime;
+mod gate;
 pub(crate) mod its;
 mod plot;
 mod throughput;
@@ -25,6 +26,8 @@ enum What {
     Downtime(downtime::Arguments),
     /// How fast a large idle guest migrates, beside QEMU, on this machine.
     Throughput(throughput::Arguments),
+    /// Whether the gate that counts instructions flakes or misses, in the arm64 testbed.
+    Gate(gate::Arguments),
     /// ITS and GIC: save, pending tables and restore, in instructions, in the arm64 testbed.
     Its(its::Arguments),
 }
@@ -35,6 +38,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
         What::Boot(arguments) => boot::run(arguments),
         What::Downtime(arguments) => downtime::run(arguments),
         What::Throughput(arguments) => throughput::run(arguments),
+        What::Gate(arguments) => gate::run(arguments),
         What::Its(arguments) => its::run(arguments),
     }
 }

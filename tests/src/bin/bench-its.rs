@@ -4,6 +4,7 @@
 //!
 //! Prints one JSON object a line for each size of the ITS. Times are in ns of `CLOCK_MONOTONIC`.
 
+use std::collections::BTreeMap;
 use std::ffi::CStr;
 use std::io;
 use std::mem::offset_of;
@@ -17,7 +18,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, bail, ensure};
 use blackout_abi::guest::{self, SharedPage, command, state};
 use clap::Parser;
-use serde_json::{Map, Value, json};
+use serde_json::{Value, json};
 use vmm::control::{vm_start, vm_stop};
 use vmm::machine::{Config, Machine, PciDevices};
 use vmm::payload::Program;
@@ -52,6 +53,9 @@ struct Arguments {
     /// Also raise an LPI before the last stop, and every event after each restore.
     #[arg(long)]
     check: bool,
+    /// Let the ITS's handler spend so many ns more, to see whether that is found.
+    #[arg(long, value_name = "NS")]
+    slower: Option<u64>,
 }
 
 /// Devices and events of each.
@@ -76,6 +80,9 @@ impl FromStr for Size {
 
 fn main() -> ExitCode {
     let arguments = Arguments::parse();
+    if let Some(ns) = arguments.slower {
+        harness::slow::down("its_save_tables", ns);
+    }
     let measure = || {
         for &size in &arguments.sizes {
             println!("{}", measure(&arguments, size)?);
@@ -121,10 +128,10 @@ fn measure(arguments: &Arguments, size: Size) -> Result<Value> {
         "vcpus": arguments.cpus,
         "its": stops.its.summary(),
         "gicv3": stops.gic.summary(),
-        "save": loads.save,
+        "save": summaries(&loads.save),
         "its_restore_tables": summary(&loads.its),
         "gic_restore_pending_tables": summary(&loads.gic),
-        "load": loads.load,
+        "load": summaries(&loads.load),
     }))
 }
 
@@ -319,9 +326,9 @@ fn timed<T>(call: impl FnOnce() -> T) -> (T, u64) {
 struct Loads {
     its: Vec<u64>,
     gic: Vec<u64>,
-    /// Per device, of the last time.
-    save: Map<String, Value>,
-    load: Map<String, Value>,
+    /// Per device.
+    save: BTreeMap<String, Vec<u64>>,
+    load: BTreeMap<String, Vec<u64>>,
 }
 
 impl Loads {
@@ -341,13 +348,14 @@ impl Loads {
             let name = from.name().to_string_lossy().into_owned();
             let start = monotonic_ns();
             let state = from.save().with_context(|| format!("saving {name}"))?;
-            self.save
-                .insert(name.clone(), json!(monotonic_ns() - start));
+            let took = monotonic_ns() - start;
+            self.save.entry(name.clone()).or_default().push(took);
             let log = SpanLog::open();
             let start = monotonic_ns();
             to.load(from.version(), &state)
                 .with_context(|| format!("loading {name}"))?;
-            self.load.insert(name, json!(monotonic_ns() - start));
+            let took = monotonic_ns() - start;
+            self.load.entry(name).or_default().push(took);
             for span in log.finish() {
                 match span.name.as_ref() {
                     "its_restore_tables" => self.its.push(span.duration_ns),
@@ -361,7 +369,19 @@ impl Loads {
 }
 
 fn summary(times: &[u64]) -> Value {
-    json!({ "first": times.first(), "median": median(times), "max": times.iter().max() })
+    json!({
+        "first": times.first(),
+        "min": times.iter().min(),
+        "median": median(times),
+        "max": times.iter().max(),
+    })
+}
+
+fn summaries(times: &BTreeMap<String, Vec<u64>>) -> Value {
+    let summaries = times
+        .iter()
+        .map(|(name, times)| (name.clone(), summary(times)));
+    Value::Object(summaries.collect())
 }
 
 fn median(times: &[u64]) -> u64 {

@@ -143,6 +143,7 @@ fn measure(arguments: &Arguments) -> Result<Vec<Point>> {
         stops: arguments.stops,
         restores: arguments.restores,
         cpus: arguments.cpus,
+        slower: None,
         timeout: Duration::from_secs(arguments.timeout),
     };
     let lines = plan.run("bench")?;
@@ -161,6 +162,8 @@ pub(crate) struct Plan<'a> {
     pub(crate) restores: u32,
     /// vCPUs of the guest.
     pub(crate) cpus: u32,
+    /// By how many instructions to slow the ITS's handler down.
+    pub(crate) slower: Option<u32>,
     /// When to give up.
     pub(crate) timeout: Duration,
 }
@@ -175,15 +178,17 @@ impl Plan<'_> {
             .programs(&artifacts)
             .file(&artifacts.bench_its, "/bin/bench-its");
         let numbers = [
-            ("--stops", self.stops),
-            ("--restores", self.restores),
-            ("--cpus", self.cpus),
+            ("--stops", Some(self.stops)),
+            ("--restores", Some(self.restores)),
+            ("--cpus", Some(self.cpus)),
+            ("--slower", self.slower),
         ];
         let mut program = vec!["/bin/bench-its".to_owned()];
         program.extend(
             numbers
                 .into_iter()
-                .flat_map(|(key, n)| [key.to_owned(), n.to_string()]),
+                .filter_map(|(key, n)| Some([key.to_owned(), n?.to_string()]))
+                .flatten(),
         );
         let sizes = self.sizes.iter();
         program.extend(sizes.map(|(devices, events)| format!("{devices}x{events}")));
