@@ -1,34 +1,23 @@
 //! What `blackout record` writes down, of this very process and of monitors.
 
 use std::collections::HashSet;
-use std::fs;
-use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
-use blackout::recording::{Ending, FdKind, Frame, Hit, Reader, Value};
-use harness::{GuestView, Qmp, Recorder, Vmm, VmmOptions, programs, skip};
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use blackout::recording::{Ending, FdKind, Frame, Hit, Value};
+use harness::{GuestView, Qmp, Recorder, Vmm, VmmOptions, programs};
+use nix::sys::signal::Signal;
 use vmm::probes::{self, Guarded};
+
+use crate::recorded::{Killed, Recording, need_tool, wait_for};
 
 const LIMIT: Duration = Duration::from_secs(60);
 
 const KVM_CREATE_VM: u32 = 0xae01;
 const KVM_CREATE_VCPU: u32 = 0xae41;
 const KVM_RUN: u32 = 0xae80;
-
-/// Skips the test where the tool has no rights or the kernel does not let it.
-macro_rules! need_tool {
-    () => {
-        let doctor = Command::new(programs::tool()?).arg("doctor").output()?;
-        if !doctor.status.success() {
-            skip!("{}", String::from_utf8_lossy(&doctor.stdout));
-        }
-    };
-}
 
 #[test]
 fn every_hit_arrives_with_its_arguments() -> Result<()> {
@@ -304,95 +293,6 @@ fn saves(recording: &Recording) -> Result<()> {
         let inner = inner.with_context(|| format!("{function} was not seen"))?;
         ensure!(inner.tid == saved.tid && inner.ret == 0);
         ensure!(saved.enter_ns <= inner.enter_ns && inner.exit_ns <= saved.exit_ns);
-    }
-    Ok(())
-}
-
-/// A recording, read whole.
-struct Recording {
-    frames: Vec<Frame>,
-    ending: Ending,
-}
-
-impl Recording {
-    fn read(path: &Path) -> Result<Self> {
-        let mut reader = Reader::open(path)?;
-        let frames = reader.by_ref().collect::<Result<_, _>>()?;
-        Ok(Self {
-            frames,
-            ending: reader.ending(),
-        })
-    }
-
-    /// The hits of the probe called `name`.
-    fn hits(&self, name: &str) -> impl Iterator<Item = &Hit> {
-        let ids: HashSet<_> = self
-            .probes()
-            .filter(|probe| probe.1 == name)
-            .map(|probe| probe.0)
-            .collect();
-        self.all_hits().filter(move |hit| ids.contains(&hit.probe))
-    }
-
-    /// The names of the probes that were hit.
-    fn names(&self) -> impl Iterator<Item = &str> {
-        let hit: HashSet<_> = self.all_hits().map(|hit| hit.probe).collect();
-        self.probes()
-            .filter(move |probe| hit.contains(&probe.0))
-            .map(|probe| probe.1)
-    }
-
-    fn probes(&self) -> impl Iterator<Item = (u32, &str)> {
-        self.frames.iter().filter_map(|frame| match frame {
-            Frame::Probe(probe) => Some((probe.id, probe.name.as_str())),
-            _ => None,
-        })
-    }
-
-    fn all_hits(&self) -> impl Iterator<Item = &Hit> {
-        self.frames.iter().filter_map(|frame| match frame {
-            Frame::Hit(hit) => Some(hit),
-            _ => None,
-        })
-    }
-
-    fn ioctls(&self) -> impl Iterator<Item = &blackout::recording::Ioctl> {
-        self.frames.iter().filter_map(|frame| match frame {
-            Frame::Ioctl(call) => Some(call),
-            _ => None,
-        })
-    }
-
-    fn lost(&self) -> u64 {
-        let lost = self.frames.iter().map(|frame| match frame {
-            Frame::Lost { count, .. } => *count,
-            _ => 0,
-        });
-        lost.sum()
-    }
-}
-
-/// A child that does not outlive its test.
-struct Killed(Child);
-
-impl Killed {
-    fn signal(&self, signal: Signal) -> Result<()> {
-        Ok(kill(Pid::from_raw(self.0.id().cast_signed()), signal)?)
-    }
-}
-
-impl Drop for Killed {
-    fn drop(&mut self) {
-        let _ = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-fn wait_for(file: &Path) -> Result<()> {
-    let end = Instant::now() + LIMIT;
-    while !fs::exists(file)? {
-        ensure!(Instant::now() < end, "{} did not appear", file.display());
-        thread::sleep(Duration::from_millis(5));
     }
     Ok(())
 }

@@ -1,6 +1,7 @@
 //! Integration tests: real monitors, real guests, the real tool. `cargo xtask test` runs them on
 //! this machine and, cross-built, in the arm64 testbed.
 
+mod attach;
 mod capture;
 mod interrupts;
 mod its;
@@ -16,6 +17,7 @@ mod peers;
 mod perfetto;
 mod probes;
 mod qmp;
+mod recorded;
 mod reset;
 mod scripts;
 mod shutdown;

@@ -7,7 +7,8 @@ use std::os::unix::process::CommandExt;
 use std::process::{self, Command, ExitStatus};
 use std::ptr::null_mut;
 
-use rustix::process::{Pid, WaitOptions, waitpid};
+use rustix::io::Errno;
+use rustix::process::{Pid, Signal, WaitOptions, kill_process, waitpid};
 
 use super::Error;
 
@@ -94,6 +95,26 @@ impl Child {
         }
         self.stopped = false;
         Ok(())
+    }
+
+    /// Sends it a signal, as whoever sent it to this process would have.
+    ///
+    /// # Errors
+    /// [`Error::System`].
+    pub fn signal(&self, signal: i32) -> Result<(), Error> {
+        let failed = |source| Error::System {
+            what: format!("send signal {signal} to `{}`", self.name),
+            source,
+        };
+        let pid = Pid::from_raw(self.pid().cast_signed());
+        let (Some(pid), Some(signal)) = (pid, Signal::from_named_raw(signal)) else {
+            return Err(failed(io::ErrorKind::InvalidInput.into()));
+        };
+        match kill_process(pid, signal) {
+            // It has ended meanwhile.
+            Ok(()) | Err(Errno::SRCH) => Ok(()),
+            Err(error) => Err(failed(error.into())),
+        }
     }
 
     /// How it ended, if it has.

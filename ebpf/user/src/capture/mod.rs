@@ -35,7 +35,7 @@ use crate::{recording, usdt};
 
 pub use child::Child;
 pub use object::object;
-pub use process::{with_name, with_vm};
+pub use process::{with_exe, with_name, with_vm};
 pub use programs::{Options, Programs};
 pub use recorder::{Recorder, Summary};
 pub use sources::{Coverage, Refusal, Source};

@@ -3,6 +3,7 @@
 use std::fs;
 use std::io;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::MetadataExt;
 use std::path::{Path, PathBuf};
 
 use rustix::process::{Pid, PidfdFlags, pidfd_open};
@@ -16,7 +17,17 @@ pub(super) struct Process {
     pub(super) pid: u32,
     /// Readable once the process has ended.
     pub(super) pidfd: OwnedFd,
-    pub(super) ended: bool,
+    /// The file that it runs.
+    program: Option<FileId>,
+}
+
+/// What tells a file from any other, even from one that got its inode's number later.
+pub(super) type FileId = (u64, u64, i64, i64);
+
+/// Of the file that `path` leads to.
+pub(super) fn file_id(path: &Path) -> io::Result<FileId> {
+    let file = fs::metadata(path)?;
+    Ok((file.dev(), file.ino(), file.ctime(), file.ctime_nsec()))
 }
 
 impl Process {
@@ -33,11 +44,20 @@ impl Process {
             what: what(),
             source: error.into(),
         })?;
-        Ok(Self {
+        let mut process = Self {
             pid,
             pidfd,
-            ended: false,
-        })
+            program: None,
+        };
+        process.has_changed();
+        Ok(process)
+    }
+
+    /// Whether it runs another program than when this was last asked.
+    pub(super) fn has_changed(&mut self) -> bool {
+        let program = file_id(&self.exe()).ok();
+        let before = std::mem::replace(&mut self.program, program);
+        program.is_some() && (before.map(inode) != program.map(inode))
     }
 
     /// The path that always opens the file that the process runs, even a deleted or replaced one.
@@ -53,6 +73,11 @@ impl Process {
             exe: exe.to_string_lossy().into_owned(),
         }
     }
+}
+
+/// A deleted file's change time is another than before; its inode is the same.
+fn inode((device, inode, ..): FileId) -> (u64, u64) {
+    (device, inode)
 }
 
 /// The processes that have a VM of KVM's open.
@@ -75,6 +100,33 @@ pub fn with_name(name: &str) -> Vec<u32> {
             || line(&format!("/proc/{pid}/comm")) == comm
     };
     all().filter(fits).collect()
+}
+
+/// The processes that run the program at `path`, or ran it from there before it was deleted or
+/// replaced, as an upgrade does.
+///
+/// # Errors
+/// [`Error::Read`], if the path leads nowhere and nobody runs what was there.
+pub fn with_exe(path: &Path) -> Result<Vec<u32>, Error> {
+    let here = fs::canonicalize(path).or_else(|_| std::path::absolute(path));
+    let read = |source| Error::Read {
+        path: path.to_path_buf(),
+        source,
+    };
+    let here = here.map_err(read)?;
+    let program = file_id(&here);
+    let mut deleted = here.into_os_string();
+    deleted.push(" (deleted)");
+    let fits = |pid: &u32| {
+        let exe = PathBuf::from(format!("/proc/{pid}/exe"));
+        let same = |program: &FileId| file_id(&exe).is_ok_and(|exe| inode(exe) == inode(*program));
+        program.as_ref().is_ok_and(same) || fs::read_link(&exe).is_ok_and(|link| link == deleted)
+    };
+    let found: Vec<_> = all().filter(fits).collect();
+    match program {
+        Err(source) if found.is_empty() => Err(read(source)),
+        _ => Ok(found),
+    }
 }
 
 fn all() -> impl Iterator<Item = u32> {

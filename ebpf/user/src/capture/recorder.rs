@@ -31,7 +31,8 @@ pub struct Recorder {
     programs: Programs,
     coverage: Vec<Coverage>,
     uprobes: Uprobes,
-    attached: Vec<Attachment>,
+    /// By process; a process that turned into another program has one of each.
+    attached: Vec<(u32, Attachment)>,
     processes: Vec<Process>,
     wanted: Vec<Pattern>,
     translator: Translator,
@@ -126,6 +127,15 @@ impl Recorder {
     /// [`Error::System`] without such a process, [`Error::Usdt`] and [`Error::TooManySites`].
     pub fn add(&mut self, pid: u32) -> Result<usize, Error> {
         let process = Process::open(pid)?;
+        let sites = self.attach(&process)?;
+        self.programs.add_target(pid)?;
+        self.processes.push(process);
+        Ok(sites)
+    }
+
+    /// Attaches to the probes of the program that the process runs now; gives their number.
+    fn attach(&mut self, process: &Process) -> Result<usize, Error> {
+        let pid = process.pid;
         let added = self.translator.sites.add(&process.exe(), &self.wanted)?;
         for (cookie, spec) in &added.specs {
             self.programs.set_site(*cookie, spec)?;
@@ -135,25 +145,20 @@ impl Recorder {
         }
         self.writer.write(&Frame::Process(process.describe()))?;
         let (exe, points) = (process.exe(), &added.sites);
-        self.attached.push(
-            match self.programs.usdt().ok_or(Error::Foreign("usdt_plain"))? {
-                UsdtProgram::Multi(program) => {
-                    Uprobes::attach_multi(program, &exe, points, Some(pid))?
-                }
-                UsdtProgram::Single(program) => {
-                    self.uprobes.attach(program, &exe, points, Some(pid))?
-                }
-            },
-        );
+        let attachment = match self.programs.usdt().ok_or(Error::Foreign("usdt_plain"))? {
+            UsdtProgram::Multi(program) => Uprobes::attach_multi(program, &exe, points, Some(pid))?,
+            UsdtProgram::Single(program) => {
+                self.uprobes.attach(program, &exe, points, Some(pid))?
+            }
+        };
+        self.attached.push((pid, attachment));
         self.translator.fds.scan(pid);
-        self.programs.add_target(pid)?;
-        self.processes.push(process);
         Ok(added.sites.len())
     }
 
     /// Whether any of the processes still lives, or others may come.
     pub fn is_anyone_alive(&self) -> bool {
-        self.all || self.processes.iter().any(|process| !process.ended)
+        self.all || !self.processes.is_empty()
     }
 
     /// Waits for at most one tick, and writes what has arrived.
@@ -167,13 +172,13 @@ impl Recorder {
             let _ = self.add(pid);
         }
         for pid in ended {
-            self.programs.remove_target(pid)?;
-            self.translator.fds.forget(pid);
+            self.forget(pid)?;
         }
         self.check_lost()?;
         if self.looked.elapsed() >= LOOK {
             self.looked = Instant::now();
             self.look_for_paused()?;
+            self.follow_execs()?;
         }
         if self.flushed.elapsed() >= FLUSH {
             self.flushed = Instant::now();
@@ -196,7 +201,7 @@ impl Recorder {
         for (tid, edges) in self.programs.runs() {
             self.translator.edges(tid, &edges, &mut self.frames);
         }
-        for process in self.processes.iter().filter(|process| !process.ended) {
+        for process in &self.processes {
             self.frames.extend(self.translator.threads_of(process.pid));
         }
         let bpf = self
@@ -224,8 +229,8 @@ impl Recorder {
     fn wait(&mut self) -> Result<Vec<u32>, Error> {
         let records = self.programs.records_fd();
         let mut fds = vec![PollFd::from_borrowed_fd(records, PollFlags::IN)];
-        let alive = || self.processes.iter().filter(|process| !process.ended);
-        fds.extend(alive().map(|process| PollFd::new(&process.pidfd, PollFlags::IN)));
+        let processes = self.processes.iter();
+        fds.extend(processes.map(|process| PollFd::new(&process.pidfd, PollFlags::IN)));
         let tick = Timespec {
             tv_sec: 0,
             tv_nsec: i64::from(TICK.subsec_nanos()),
@@ -241,15 +246,9 @@ impl Recorder {
             }
         }
         let readable = fds.iter().skip(1).map(|fd| !fd.revents().is_empty());
-        let ended: Vec<_> = alive()
-            .zip(readable)
-            .filter(|(_, ended)| *ended)
-            .map(|(one, _)| one.pid)
-            .collect();
-        for process in &mut self.processes {
-            process.ended |= ended.contains(&process.pid);
-        }
-        Ok(ended)
+        let ended = self.processes.iter().zip(readable);
+        let ended = ended.filter(|(_, ended)| *ended).map(|(one, _)| one.pid);
+        Ok(ended.collect())
     }
 
     /// Writes what has arrived; gives the processes that it is of and that were not known.
@@ -270,6 +269,31 @@ impl Recorder {
             }
         }
         Ok(strangers)
+    }
+
+    /// Lets go of a process that has ended; its id may be given to another one.
+    fn forget(&mut self, pid: u32) -> Result<(), Error> {
+        self.programs.remove_target(pid)?;
+        self.translator.fds.forget(pid);
+        self.processes.retain(|process| process.pid != pid);
+        self.attached.retain(|(owner, _)| *owner != pid);
+        self.joined.remove(&pid);
+        Ok(())
+    }
+
+    /// Attaches to the programs that processes have turned into: monitors are often started by a
+    /// script that ends in `exec`.
+    fn follow_execs(&mut self) -> Result<(), Error> {
+        let mut processes = std::mem::take(&mut self.processes);
+        for process in &mut processes {
+            if process.has_changed() {
+                self.translator.fds.forget(process.pid);
+                // One whose probes cannot be attached to is recorded by its ioctls.
+                let _ = self.attach(process);
+            }
+        }
+        self.processes = processes;
+        Ok(())
     }
 
     fn check_lost(&mut self) -> Result<(), Error> {

@@ -1,8 +1,6 @@
 //! Which probes are wanted, and what the programs and the recording must know of their sites.
 
 use std::collections::HashMap;
-use std::fs;
-use std::os::unix::fs::MetadataExt;
 use std::path::Path;
 use std::str::FromStr;
 
@@ -10,6 +8,7 @@ use blackout_abi::event::{ArgSpec, MAX_ARGS, MAX_TEXTS, Place, SiteSpec};
 use blackout_abi::probes::{self, ArgKind};
 
 use super::Error;
+use super::process::{FileId, file_id};
 use super::programs::MAX_SITES;
 use crate::recording::{ArgDef, ProbeDef, ValueKind};
 use crate::usdt::{Arg, Binary, Operand, Point, Site};
@@ -88,7 +87,7 @@ fn known(site: &Site) -> Option<&'static [probes::Arg]> {
 /// Every site of every binary met so far. Cookies and probe ids are indices in it.
 #[derive(Debug, Default)]
 pub(super) struct Sites {
-    binaries: HashMap<(u64, u64), Vec<Point>>,
+    binaries: HashMap<FileId, Vec<Point>>,
     probes: Vec<ProbeDef>,
     /// The probe of each site, by cookie.
     sites: Vec<u32>,
@@ -108,11 +107,10 @@ impl Sites {
     /// # Errors
     /// [`Error::Read`], [`Error::Usdt`] and [`Error::TooManySites`].
     pub(super) fn add(&mut self, path: &Path, wanted: &[Pattern]) -> Result<Added, Error> {
-        let file = fs::metadata(path).map_err(|source| Error::Read {
+        let key = file_id(path).map_err(|source| Error::Read {
             path: path.to_path_buf(),
             source,
         })?;
-        let key = (file.dev(), file.ino());
         let mut added = Added::default();
         if let Some(placed) = self.binaries.get(&key) {
             added.sites.clone_from(placed);

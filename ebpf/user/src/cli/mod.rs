@@ -57,6 +57,8 @@ pub enum Outcome {
     Open,
     /// Could not run.
     CannotRun,
+    /// Done, and the command that was run ended with this.
+    Command(u8),
 }
 
 impl From<Outcome> for ExitCode {
@@ -66,6 +68,7 @@ impl From<Outcome> for ExitCode {
             Outcome::Bad => Self::from(1),
             Outcome::Open => Self::from(2),
             Outcome::CannotRun => Self::from(3),
+            Outcome::Command(code) => Self::from(code),
         }
     }
 }

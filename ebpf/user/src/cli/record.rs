@@ -2,13 +2,17 @@
 
 use std::ffi::OsString;
 use std::fs;
+use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
+use std::process::ExitStatus;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicUsize, Ordering};
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, bail};
-use signal_hook::consts::{SIGINT, SIGTERM};
+use rustix::process::getpgrp;
+use rustix::termios::tcgetpgrp;
+use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 use super::{DEFAULT_RECORDING, Outcome};
 use crate::capture::sites::Pattern;
@@ -19,8 +23,12 @@ use crate::capture::{self, Child, Coverage, Options, Recorder, Summary, object};
 /// Traced are the processes given and no others. The recording ends on SIGINT or SIGTERM, after
 /// --duration, or when all of them have ended; the processes are left alone then. `blackout doctor`
 /// says what this kernel lets it see.
+///
+/// Processes in containers are named by the ids that they have here. A COMMAND is given the signals
+/// that end a recording, and the recording goes on until it has ended; a second signal ends it at
+/// once.
 #[derive(Debug, clap::Args)]
-#[command(after_help = super::EXIT_CODES)]
+#[command(after_help = EXIT_CODES)]
 pub(super) struct Args {
     /// A process to record; may be repeated
     #[arg(short, long = "pid", value_name = "PID")]
@@ -29,6 +37,11 @@ pub(super) struct Args {
     /// Record the processes of this name, or whose program has this file name; may be repeated
     #[arg(long = "name", value_name = "NAME")]
     names: Vec<String>,
+
+    /// Record the processes that run this program, also in containers and where the file was
+    /// replaced since; may be repeated
+    #[arg(long = "exe", value_name = "PATH")]
+    exes: Vec<PathBuf>,
 
     /// Record every process that has a VM, and those that come while the recording goes on
     #[arg(long)]
@@ -71,6 +84,13 @@ pub(super) struct Args {
     command: Vec<OsString>,
 }
 
+const EXIT_CODES: &str = "\
+Exit codes:
+  0  done
+  1  done, and events were lost (--strict)
+  3  could not run: bad arguments, a missing right
+With -- COMMAND, its own exit code if that is not 0, or 128 and the number of the signal that ended it";
+
 pub(super) fn run(args: &Args) -> anyhow::Result<Outcome> {
     let pids = pids(args)?;
     let object = object(args.bpf_object.as_deref())?;
@@ -79,9 +99,11 @@ pub(super) fn run(args: &Args) -> anyhow::Result<Outcome> {
         all: args.all,
         buffer: args.buffer << 20,
     };
-    let stop = Arc::new(AtomicBool::new(false));
-    for signal in [SIGINT, SIGTERM] {
-        signal_hook::flag::register(signal, Arc::clone(&stop)).context("cannot catch signals")?;
+    let caught = Arc::new(AtomicUsize::new(0));
+    for signal in [SIGHUP, SIGINT, SIGTERM] {
+        let number = usize::try_from(signal)?;
+        signal_hook::flag::register_usize(signal, Arc::clone(&caught), number)
+            .context("cannot catch signals")?;
     }
     let mut recorder = Recorder::start(&object, options, args.probes.clone(), &args.output)?;
     let mut sites = 0;
@@ -102,22 +124,50 @@ pub(super) fn run(args: &Args) -> anyhow::Result<Outcome> {
     let processes = pids.len() + usize::from(child.is_some());
     say_ready(args, recorder.coverage(), (processes, sites))?;
     let end = args.duration.map(|duration| Instant::now() + duration);
-    while !stop.load(Ordering::Relaxed)
-        && end.is_none_or(|end| Instant::now() < end)
-        && recorder.is_anyone_alive()
-    {
+    let mut told = false;
+    while end.is_none_or(|end| Instant::now() < end) && recorder.is_anyone_alive() {
+        let ended = told && child.as_mut().and_then(Child::ended).is_some();
+        match (caught.swap(0, Ordering::Relaxed), &child) {
+            (0, _) if !ended => {}
+            (signal, Some(child)) if !told => {
+                pass_on(i32::try_from(signal)?, child)?;
+                told = true;
+            }
+            _ => break,
+        }
         recorder.turn()?;
     }
     let summary = recorder.finish()?;
-    if let Some(status) = child.as_mut().and_then(Child::ended) {
-        eprintln!("blackout: `{}` ended: {status}", args.command[0].display());
+    let status = child.as_mut().and_then(Child::ended);
+    if let (Some(status), Some(child)) = (status, &child) {
+        eprintln!("blackout: `{}` ended: {status}", child.name());
     }
     say_end(args, &summary);
-    Ok(if summary.lost > 0 && args.strict {
-        Outcome::Bad
-    } else {
-        Outcome::Done
+    Ok(match status.map(code) {
+        Some(code) if code != 0 => Outcome::Command(code),
+        _ if summary.lost > 0 && args.strict => Outcome::Bad,
+        _ => Outcome::Done,
     })
+}
+
+/// Gives the command a signal that was meant for it too. A terminal gives its own to every process
+/// in the foreground, and twice is not the same as once.
+fn pass_on(signal: i32, child: &Child) -> anyhow::Result<()> {
+    let terminal = fs::File::open("/dev/tty");
+    let by_terminal =
+        terminal.is_ok_and(|tty| tcgetpgrp(tty).is_ok_and(|group| group == getpgrp()));
+    if signal != SIGINT || !by_terminal {
+        child.signal(signal)?;
+    }
+    Ok(())
+}
+
+/// A command's exit code, as a shell gives it.
+fn code(status: ExitStatus) -> u8 {
+    let code = status.code();
+    let code = code.or(status.signal().map(|signal| signal.saturating_add(128)));
+    code.and_then(|code| u8::try_from(code).ok())
+        .unwrap_or(u8::MAX)
 }
 
 /// The processes that the recording begins with, besides a command's.
@@ -130,10 +180,17 @@ fn pids(args: &Args) -> anyhow::Result<Vec<u32>> {
         }
         pids.extend(named);
     }
+    for exe in &args.exes {
+        let running = capture::with_exe(exe)?;
+        if running.is_empty() {
+            bail!("no process runs {}", exe.display());
+        }
+        pids.extend(running);
+    }
     if args.all {
         pids.extend(capture::with_vm());
     } else if pids.is_empty() && args.command.is_empty() {
-        bail!("nothing to record: give --pid PID, --name NAME, --all, or -- COMMAND");
+        bail!("nothing to record: give --pid PID, --name NAME, --exe PATH, --all, or -- COMMAND");
     }
     pids.sort_unstable();
     pids.dedup();
