@@ -186,7 +186,7 @@ const MODULES: [&str; 14] = [
 ];
 
 /// Modules that only guests load: the drivers of the monitor's other devices.
-const GUEST_MODULES: [&str; 7] = [
+const GUEST_MODULES: [&str; 8] = [
     "virtio_blk",
     "rng-core",
     "virtio-rng",
@@ -194,6 +194,7 @@ const GUEST_MODULES: [&str; 7] = [
     "vmw_vsock_virtio_transport_common",
     "vmw_vsock_virtio_transport",
     "evdev",
+    "button",
 ];
 
 /// A kernel that is there to be booted, with the static busybox that goes with it.
