@@ -2,10 +2,11 @@
 //!
 //! Every live migration looks like this to the kernel, whoever does it: all vCPUs of one VM leave
 //! `KVM_RUN` for good, and their registers are read; then the registers of as many vCPUs of another
-//! process are written, and these call `KVM_RUN` for the first time. Both sides must be on one host.
+//! process are written, and these call `KVM_RUN` for the first time. Both sides must be on one host,
+//! or in recordings that `blackout merge` joined.
 //! A guest that only shuts down, or boots, has no such twin.
 
-use super::clock::{self, Clock};
+use super::clock::{self, Basis, Clock};
 use super::downtime;
 use super::kvm;
 use super::load::{Loaded, Process};
@@ -15,7 +16,10 @@ use super::{its, migration};
 use crate::recording::{Ioctl, VcpuEdges};
 
 /// A VM that starts later than this after another one stopped is not its continuation. 60 s, in ns.
-const HANDOVER_NS: u64 = 60_000_000_000;
+const HANDOVER_NS: i64 = 60_000_000_000;
+
+/// Clocks that were set by hand may be apart by this much. 1 s, in ns.
+const CLOCKS_APART_NS: u64 = 1_000_000_000;
 
 /// A VM's vCPUs when they came or went.
 #[derive(Clone, Copy)]
@@ -88,17 +92,34 @@ fn arrival(vcpus: &[VcpuEdges]) -> Option<u64> {
 }
 
 fn continues(gone: &Vm<'_>, came: &Vm<'_>) -> bool {
-    let between = gone.at_ns..came.at_ns;
-    let within = |vm: &Vm<'_>, moves: fn(&Ioctl) -> bool| {
+    let Some(clock) = clock::told(gone.recording, came.recording) else {
+        return false;
+    };
+    let one_host = clock.basis == Basis::OneHost;
+    let slack_ns = clock.error_ns.unwrap_or(CLOCKS_APART_NS);
+    let slack_ns = i64::try_from(slack_ns).unwrap_or(i64::MAX);
+    let (here, there) = places(0, clock);
+    let from_ns = here.at(gone.at_ns).saturating_sub(slack_ns);
+    let to_ns = there.at(came.at_ns).saturating_add(slack_ns);
+    let within = |vm: &Vm<'_>, place: Place, moves: fn(&Ioctl) -> bool| {
         let mut ioctls = vm.process.threads.values().flat_map(|one| &one.ioctls);
-        ioctls.any(|ioctl| moves(ioctl) && between.contains(&ioctl.exit_ns))
+        ioctls.any(|ioctl| moves(ioctl) && (from_ns..to_ns).contains(&place.at(ioctl.exit_ns)))
     };
     gone.vcpus == came.vcpus
-        && gone.pid != came.pid
-        && between.end.saturating_sub(between.start) <= HANDOVER_NS
-        && clock::same_host(gone.recording, came.recording)
-        && within(gone, kvm::reads_registers)
-        && within(came, kvm::writes_registers)
+        && !(one_host && gone.pid == came.pid)
+        && from_ns < to_ns
+        && to_ns.saturating_sub(from_ns) <= HANDOVER_NS
+        && within(gone, here, kvm::reads_registers)
+        && within(came, there, kvm::writes_registers)
+}
+
+/// The places of source and destination on an axis that begins at `origin_ns`.
+fn places(origin_ns: i64, clock: Clock) -> (Place, Place) {
+    let place = |offset_ns| Place {
+        origin_ns,
+        offset_ns,
+    };
+    (place(0), place(clock.offset_ns))
 }
 
 fn join<'a>(gone: Vm<'a>, came: Vm<'a>) -> Migration<'a> {
@@ -109,19 +130,17 @@ fn join<'a>(gone: Vm<'a>, came: Vm<'a>) -> Migration<'a> {
         .filter(|ioctl| kvm::reads_dirty_log(ioctl))
         .map(|ioctl| ioctl.enter_ns);
     let begun_ns = asked.chain([gone.at_ns]).min().unwrap_or(gone.at_ns);
-    let place = Place {
-        origin_ns: i64::try_from(begun_ns).unwrap_or(i64::MAX),
-        offset_ns: 0,
-    };
+    let clock = clock::told(gone.recording, came.recording).unwrap_or(Clock::SAME);
+    let (here, there) = places(i64::try_from(begun_ns).unwrap_or(i64::MAX), clock);
     let entered = came.process.threads.values();
     let entered = entered.filter_map(|thread| Some(thread.edges?.first_enter_ns));
-    let end_ns = place.at(entered.max().unwrap_or(came.at_ns));
-    let party = |vm: Vm<'a>, side| {
+    let end_ns = there.at(entered.max().unwrap_or(came.at_ns));
+    let party = |vm: Vm<'a>, side, place| {
         let process = (vm.pid, vm.process);
         Party::new(side, vm.recording, process, place, (0, end_ns))
     };
-    let source = party(gone, Side::Source);
-    let destination = party(came, Side::Destination);
+    let source = party(gone, Side::Source, here);
+    let destination = party(came, Side::Destination, there);
     let downtime = downtime::measure_by_kernel(&source, &destination);
     let parties = [&source, &destination];
     let its = parties.into_iter().flat_map(its::operations).collect();
@@ -137,9 +156,9 @@ fn join<'a>(gone: Vm<'a>, came: Vm<'a>) -> Migration<'a> {
         mode: String::new(),
         status: "completed".to_owned(),
         error: None,
-        origin_ns: place.origin_ns,
+        origin_ns: here.origin_ns,
         end_ns,
-        clock: Clock::SAME,
+        clock,
         source: Some(source),
         destination: Some(destination),
         wire: Vec::new(),

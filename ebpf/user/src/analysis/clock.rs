@@ -2,17 +2,9 @@
 
 use super::load::Loaded;
 use super::spans::Point;
+use crate::recording::{ClockAnchor, Header, Relation};
 
-/// How the destination's clock was laid onto the source's.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Basis {
-    /// Both sides are on one host, or only one side was recorded: one clock.
-    OneHost,
-    /// The monitor read both clocks in a two-way exchange.
-    Samples,
-    /// By the wall clocks of both hosts, whose error is unknown.
-    WallClock,
-}
+pub use crate::recording::Basis;
 
 /// The relation of the destination's monotonic clock to the source's.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,22 +24,67 @@ impl Clock {
         error_ns: Some(0),
         basis: Basis::OneHost,
     };
+
+    /// The relation seen from the other side.
+    #[must_use]
+    pub fn reversed(self) -> Self {
+        Self {
+            offset_ns: self.offset_ns.saturating_neg(),
+            ..self
+        }
+    }
+}
+
+impl From<Relation> for Clock {
+    fn from(relation: Relation) -> Self {
+        let Relation {
+            offset_ns,
+            error_ns,
+            basis,
+        } = relation;
+        Self {
+            offset_ns,
+            error_ns,
+            basis,
+        }
+    }
 }
 
 /// Whether two recordings tell the time by one clock: they are one, or of one boot of one host.
 pub fn same_host(a: &Loaded, b: &Loaded) -> bool {
-    std::ptr::eq(a, b) || (!a.header.boot_id.is_empty() && a.header.boot_id == b.header.boot_id)
+    std::ptr::eq(a, b) || same_boot(&a.header, &b.header)
 }
 
-/// The clock of `destination` against that of `source`, by the `clock_sample` moments among
-/// `points` (of the source's process, while it migrates).
+fn same_boot(a: &Header, b: &Header) -> bool {
+    !a.boot_id.is_empty() && a.boot_id == b.boot_id
+}
+
+/// The clock of `destination` against that of `source`, without a look at what happened: they are of
+/// one host, or were joined.
+pub fn told(source: &Loaded, destination: &Loaded) -> Option<Clock> {
+    if same_host(source, destination) {
+        return Some(Clock::SAME);
+    }
+    let joined = |to: &Loaded, it: &Loaded| {
+        let (first, relation) = it.joined.as_ref()?;
+        (*first == to.header || same_boot(first, &to.header)).then(|| Clock::from(*relation))
+    };
+    joined(source, destination).or_else(|| Some(joined(destination, source)?.reversed()))
+}
+
+/// The clock of `destination` against that of `source`: as somebody gave it, or by the
+/// `clock_sample` moments among `points` (of the source's process, while it migrates), or as it was
+/// told when the two were joined, or by the clocks that all the world shares.
 pub fn relate<'a>(
     source: &Loaded,
     destination: &Loaded,
     points: impl Iterator<Item = &'a Point>,
 ) -> Clock {
-    if same_host(source, destination) {
-        return Clock::SAME;
+    let told = told(source, destination);
+    if let Some(clock) = told
+        && matches!(clock.basis, Basis::OneHost | Basis::Given)
+    {
+        return clock;
     }
     // The shortest exchange binds the offset most tightly.
     let samples = points
@@ -60,15 +97,24 @@ pub fn relate<'a>(
             basis: Basis::Samples,
         };
     }
-    let boot_ns = |loaded: &Loaded| {
-        let clock = loaded.header.clock;
-        i128::from(clock.realtime_ns) - i128::from(clock.monotonic_ns)
+    told.unwrap_or_else(|| by_world(source, destination))
+}
+
+fn by_world(source: &Loaded, destination: &Loaded) -> Clock {
+    let (source, destination) = (source.header.clock, destination.header.clock);
+    let has_tai = source.tai_offset_ns != 0 && destination.tai_offset_ns != 0;
+    let boot_ns = |clock: ClockAnchor| {
+        let tai = if has_tai { clock.tai_offset_ns } else { 0 };
+        i128::from(clock.realtime_ns) + i128::from(tai) - i128::from(clock.monotonic_ns)
     };
-    let offset_ns = i64::try_from(boot_ns(source) - boot_ns(destination)).unwrap_or(0);
     Clock {
-        offset_ns,
+        offset_ns: i64::try_from(boot_ns(source) - boot_ns(destination)).unwrap_or(0),
         error_ns: None,
-        basis: Basis::WallClock,
+        basis: if has_tai {
+            Basis::Tai
+        } else {
+            Basis::WallClock
+        },
     }
 }
 
@@ -92,9 +138,7 @@ fn sample(point: &Point) -> Option<(u64, i64)> {
 mod tests {
     use super::*;
     use crate::analysis::spans::{Event, Meaning, pair};
-    use crate::recording::{
-        ArgDef, ClockAnchor, Header, ProbeDef, Reader, Value, ValueKind, Writer,
-    };
+    use crate::recording::{ArgDef, ProbeDef, Reader, Value, ValueKind, Writer};
 
     fn host(name: &str, boot_ns: u64) -> Loaded {
         let clock = ClockAnchor {
@@ -116,6 +160,7 @@ mod tests {
             Reader::new(name.into(), bytes.as_slice()).unwrap(),
         )
         .unwrap()
+        .remove(0)
     }
 
     fn samples(samples: &[[u64; 4]]) -> Vec<Point> {
@@ -176,5 +221,34 @@ mod tests {
             basis: Basis::WallClock,
         };
         assert_eq!(clock, expected);
+    }
+
+    #[test]
+    fn what_was_given_outranks_what_was_sampled_and_that_what_was_told() {
+        let relation = |basis| Relation {
+            offset_ns: 77,
+            error_ns: Some(3),
+            basis,
+        };
+        let (source, mut destination) = (host("a", 0), host("b", 0));
+        let points = samples(&[[0, 1_050, 1_060, 100]]);
+        for (basis, expected) in [(Basis::Given, 77), (Basis::Samples, 1_005)] {
+            destination.joined = Some((source.header.clone(), relation(basis)));
+            let clock = relate(&source, &destination, points.iter());
+            assert_eq!(clock.offset_ns, expected, "{basis:?}");
+            let back = relate(&destination, &source, [].iter());
+            assert_eq!((back.offset_ns, back.error_ns), (-77, Some(3)));
+        }
+        destination.joined = Some((host("c", 0).header, relation(Basis::Given)));
+        assert_eq!(told(&source, &destination), None);
+    }
+
+    #[test]
+    fn atomic_time_is_better_than_civil_time() {
+        let (mut source, mut destination) = (host("a", 900), host("b", 400));
+        source.header.clock.tai_offset_ns = 37;
+        destination.header.clock.tai_offset_ns = 36;
+        let clock = relate(&source, &destination, [].iter());
+        assert_eq!((clock.offset_ns, clock.basis), (501, Basis::Tai));
     }
 }

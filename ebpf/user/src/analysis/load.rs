@@ -3,11 +3,13 @@
 use std::collections::{BTreeMap, HashMap};
 use std::io::Read;
 use std::iter::successors;
+use std::mem;
 use std::sync::Arc;
 
 use super::spans::{self, Event, Meaning, Point, Problem, Span};
 use crate::recording::{
-    Cost, Ending, Error, Frame, Header, Hit, Ioctl, KernelFn, Reader, VcpuEdges, VcpuGap, VcpuGuest,
+    Cost, Ending, Error, Frame, Header, Hit, Ioctl, KernelFn, Reader, Relation, VcpuEdges, VcpuGap,
+    VcpuGuest,
 };
 
 /// A whole recording, by process and thread. Times are its host's `CLOCK_MONOTONIC`, ns.
@@ -25,6 +27,9 @@ pub struct Loaded {
     pub cost: Option<Cost>,
     /// Hits of probes that the recording does not define: they cannot be read.
     pub undefined_hits: u64,
+    /// The recording that this one was joined to, by its header, and how this one's clock relates to
+    /// that one's.
+    pub joined: Option<(Header, Relation)>,
     /// The processes, by pid.
     pub processes: BTreeMap<u32, Process>,
 }
@@ -83,33 +88,58 @@ impl Thread {
 }
 
 impl Loaded {
-    /// Reads all of `reader`; `name` is what messages call the recording.
+    /// Reads all of `reader`, which is one recording, or two that were joined; `name` is what
+    /// messages call it.
     ///
     /// # Errors
     /// What the reader returns; a cut recording is none.
-    pub fn read<R: Read>(name: String, mut reader: Reader<R>) -> Result<Self, Error> {
-        let mut loaded = Self {
-            name,
+    pub fn read<R: Read>(name: String, mut reader: Reader<R>) -> Result<Vec<Self>, Error> {
+        let mut loaded = Vec::new();
+        let mut one = Self::new(&name);
+        let mut meanings = HashMap::new();
+        let mut hits: HashMap<(u32, u32), Vec<Event>> = HashMap::new();
+        let mut before = reader.ending();
+        while let Some(frame) = reader.next() {
+            let frame = frame?;
+            if let Frame::Joined(relation) = frame {
+                let first = loaded.first().unwrap_or(&one).header.clone();
+                one.finish(before, mem::take(&mut hits));
+                let next = Self::new(&name);
+                loaded.push(mem::replace(&mut one, next));
+                one.joined = Some((first, relation));
+                meanings.clear();
+            } else {
+                one.take(frame, &mut meanings, &mut hits);
+            }
+            before = reader.ending();
+        }
+        one.finish(reader.ending(), hits);
+        loaded.push(one);
+        Ok(loaded)
+    }
+
+    fn new(name: &str) -> Self {
+        Self {
+            name: name.to_owned(),
             header: Header::default(),
             ending: Ending::Finished,
             lost: Vec::new(),
             cost: None,
             undefined_hits: 0,
+            joined: None,
             processes: BTreeMap::new(),
-        };
-        let mut meanings = HashMap::new();
-        let mut hits: HashMap<(u32, u32), Vec<Event>> = HashMap::new();
-        for frame in &mut reader {
-            loaded.take(frame?, &mut meanings, &mut hits);
         }
-        loaded.ending = reader.ending();
+    }
+
+    fn finish(&mut self, ending: Ending, hits: HashMap<(u32, u32), Vec<Event>>) {
+        self.ending = ending;
         for ((pid, tid), events) in hits {
             let paired = spans::pair(events);
-            let thread = loaded.thread(pid, tid);
+            let thread = self.thread(pid, tid);
             (thread.spans, thread.points) = (paired.spans, paired.points);
             thread.problems = paired.problems;
         }
-        for thread in loaded
+        for thread in self
             .processes
             .values_mut()
             .flat_map(|process| process.threads.values_mut())
@@ -118,7 +148,6 @@ impl Loaded {
             thread.functions.sort_by_key(|function| function.enter_ns);
             thread.gaps.sort_by_key(|gap| gap.exit_ns);
         }
-        Ok(loaded)
     }
 
     /// All events that were lost.
@@ -172,7 +201,7 @@ impl Loaded {
             Frame::VcpuGuest(guest) => self.thread(guest.pid, guest.tid).guest.push(guest),
             Frame::Lost { at_ns, count } => self.lost.push((at_ns, count)),
             Frame::Cost(cost) => self.cost = Some(cost),
-            Frame::Clock(_) | Frame::End { .. } => {}
+            Frame::Clock(_) | Frame::End { .. } | Frame::Joined(_) => {}
         }
     }
 

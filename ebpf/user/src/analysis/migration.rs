@@ -14,6 +14,7 @@ use super::describe;
 use super::downtime::{self, Downtime};
 use super::its::{self, ItsOp};
 use super::load::{Loaded, Process};
+use super::order;
 use super::party::{Party, Place, Placed, Side};
 use super::spans::{Point, Problem, Span};
 use super::wire::{self, Segment};
@@ -89,6 +90,7 @@ impl<'a> Migration<'a> {
         if self.lost_events > 0 {
             doubts.push(format!("{} events were lost", self.lost_events));
         }
+        doubts.extend(order::impossible(self));
         for party in self.parties() {
             doubts.extend(unpaired(party));
             if let Ending::Cut { offset } = party.recording.ending {

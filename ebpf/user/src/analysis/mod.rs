@@ -12,6 +12,7 @@ pub mod its;
 pub mod kvm;
 pub mod load;
 pub mod migration;
+mod order;
 pub mod party;
 pub mod spans;
 pub mod wire;

@@ -5,6 +5,7 @@ mod compare;
 mod doctor;
 mod export;
 mod list;
+mod merge;
 mod print;
 mod record;
 mod report;
@@ -40,6 +41,7 @@ enum Verb {
     Record(record::Args),
     Report(report::Args),
     Export(export::Args),
+    Merge(merge::Args),
     Compare(compare::Args),
     Check(check::Args),
     List(list::Args),
@@ -81,6 +83,7 @@ pub fn run(cli: Cli) -> anyhow::Result<Outcome> {
     match cli.verb {
         Verb::Record(args) => record::run(&args),
         Verb::Report(args) => report::run(&args),
+        Verb::Merge(args) => merge::run(&args),
         Verb::Export(args) => export::run(&args),
         Verb::Compare(args) => compare::run(&args),
         Verb::Check(args) => check::run(&args),

@@ -107,10 +107,12 @@ pub(super) fn run(args: &Args) -> anyhow::Result<Outcome> {
 
 /// Reads whole recordings.
 pub(super) fn read_all(paths: &[PathBuf]) -> Result<Vec<Loaded>, recording::Error> {
-    paths
-        .iter()
-        .map(|path| Loaded::read(path.display().to_string(), Reader::open(path)?))
-        .collect()
+    let mut recordings = Vec::new();
+    for path in paths {
+        let name = path.display().to_string();
+        recordings.extend(Loaded::read(name, Reader::open(path)?)?);
+    }
+    Ok(recordings)
 }
 
 fn summary(args: &Args) -> anyhow::Result<Outcome> {

@@ -37,11 +37,40 @@ pub enum Frame {
     Clock(ClockAnchor),
     /// What recording cost.
     Cost(Cost),
-    /// The recorder ended in good order; the last frame.
+    /// The recorder ended in good order; the last frame of its recording.
     End {
         /// When.
         at_ns: u64,
     },
+    /// Another recording follows, from its header on, which was joined to this one.
+    Joined(Relation),
+}
+
+/// How the clock of a recording that was joined to another one relates to that one's.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Relation {
+    /// What this one's `CLOCK_MONOTONIC` shows more than the first one's, ns.
+    pub offset_ns: i64,
+    /// How wrong that can be at most, ns, where it can be told.
+    pub error_ns: Option<u64>,
+    /// Where it is from.
+    pub basis: Basis,
+}
+
+/// How it is known how two clocks relate.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize, schemars::JsonSchema)]
+#[serde(rename_all = "kebab-case")]
+pub enum Basis {
+    /// Both are one host's, or only one side was recorded: one clock.
+    OneHost,
+    /// The monitor read both clocks in a two-way exchange.
+    Samples,
+    /// By the wall clocks of both hosts, whose error is unknown.
+    WallClock,
+    /// By the hosts' `CLOCK_TAI`, which no leap second moves; its error is unknown too.
+    Tai,
+    /// Somebody measured it by other means, and said so when the recordings were joined.
+    Given,
 }
 
 /// Where and how a recording was made.

@@ -8,8 +8,8 @@ mod wire;
 mod writer;
 
 pub use frame::{
-    ArgDef, Calls, ClockAnchor, Cost, DeviceAttr, FdKind, Frame, Header, Hit, Ioctl, KernelFn,
-    ProbeDef, Process, Thread, Value, ValueKind, VcpuEdges, VcpuGap, VcpuGuest,
+    ArgDef, Basis, Calls, ClockAnchor, Cost, DeviceAttr, FdKind, Frame, Header, Hit, Ioctl,
+    KernelFn, ProbeDef, Process, Relation, Thread, Value, ValueKind, VcpuEdges, VcpuGap, VcpuGuest,
 };
 pub use reader::{Ending, Reader};
 pub use writer::Writer;

@@ -8,7 +8,7 @@ use serde::{Deserialize, Serialize};
 
 use super::frame::{
     Calls, ClockAnchor, Cost, DeviceAttr, FdKind, Frame, Header, Hit, Ioctl, KernelFn, ProbeDef,
-    Process, Thread, Value, VcpuEdges, VcpuGap, VcpuGuest,
+    Process, Relation, Thread, Value, VcpuEdges, VcpuGap, VcpuGuest,
 };
 
 /// What postcard encodes. The order of the variants and fields is the format.
@@ -74,6 +74,7 @@ pub(super) enum Wire<'a> {
         left: Option<i64>,
         entered: Option<i64>,
     },
+    Joined(Relation),
 }
 
 /// The writer's half of the coding.
@@ -179,6 +180,10 @@ impl Encoder {
             Frame::End { at_ns } => Wire::End {
                 delta: self.delta(*at_ns),
             },
+            Frame::Joined(relation) => {
+                *self = Self::default();
+                Wire::Joined(*relation)
+            }
         }
     }
 
@@ -217,6 +222,7 @@ impl Decoder {
             (Wire::Header(_), false) => self.begun = true,
             (Wire::Header(_), true) => return Err("is a second header"),
             (_, false) => return Err("comes before the header"),
+            (Wire::Joined(_), true) => *self = Self::default(),
             (_, true) if self.ended => return Err("comes after the end"),
             (Wire::End { .. }, true) => self.ended = true,
             (_, true) => {}
@@ -350,6 +356,7 @@ impl Decoder {
             Wire::End { delta } => Frame::End {
                 at_ns: self.time(delta),
             },
+            Wire::Joined(relation) => Frame::Joined(relation),
         }))
     }
 

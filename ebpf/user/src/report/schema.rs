@@ -6,6 +6,7 @@
 use schemars::JsonSchema;
 use serde::{Deserialize, Serialize};
 
+use crate::analysis::clock::Basis;
 use crate::analysis::party::{Party, Side};
 use crate::analysis::{View, describe, kvm, migration};
 use crate::recording::FdKind;
@@ -49,6 +50,9 @@ pub struct Migration {
     /// The bound of the error with which the two sides' clocks were laid over each other; 0 on one
     /// host.
     pub clock_error_ns: Option<u64>,
+    /// How the two sides' clocks relate, if they are two.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub clock: Option<Clock>,
     /// Events that the recorder lost.
     pub lost_events: u64,
     /// The hosts that were recorded: the source's, then the destination's if that is another one.
@@ -69,6 +73,15 @@ pub struct Migration {
     /// What puts the figures in doubt, a sentence each.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub doubts: Vec<String>,
+}
+
+/// How the destination's clock relates to the source's.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Clock {
+    /// What the destination's `CLOCK_MONOTONIC` shows more.
+    pub offset_ns: i64,
+    /// Where that is from.
+    pub basis: Basis,
 }
 
 /// A host, and how it was recorded.
@@ -227,6 +240,10 @@ impl Migration {
             // Six digits are a millionth of the downtime; more would be noise in a diff.
             explained: downtime.explained.map(|share| (share * 1e6).round() / 1e6),
             clock_error_ns: from.clock.error_ns,
+            clock: (from.clock.basis != Basis::OneHost).then_some(Clock {
+                offset_ns: from.clock.offset_ns,
+                basis: from.clock.basis,
+            }),
             lost_events: from.lost_events,
             hosts: hosts(from),
             spans: from

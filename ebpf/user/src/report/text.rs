@@ -331,17 +331,15 @@ fn clock(out: &mut dyn Write, migration: &Migration<'_>) -> io::Result<()> {
     }
     match (migration.clock.basis, migration.clock.error_ns) {
         (Basis::OneHost, _) => Ok(()),
-        (Basis::Samples, Some(error)) => figure(
-            out,
-            "clock",
-            &format!("± {}", time(error)),
-            "between the two hosts, measured",
-        ),
-        _ => figure(
-            out,
-            "clock",
-            "± unknown",
-            "two hosts, laid over each other by wall clock",
-        ),
+        (basis, error) => {
+            let error = error.map_or_else(|| "unknown".to_owned(), time);
+            let what = match basis {
+                Basis::Samples => "between the two hosts, measured",
+                Basis::Given => "between the two hosts, as given to `blackout merge`",
+                Basis::Tai => "two hosts, laid over each other by atomic time (TAI)",
+                _ => "two hosts, laid over each other by wall clock",
+            };
+            figure(out, "clock", &format!("± {error}"), what)
+        }
     }
 }

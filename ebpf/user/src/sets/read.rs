@@ -144,11 +144,11 @@ fn kind(path: &Path) -> Result<Option<Kind>, Error> {
 }
 
 fn joined(set: &mut Collector, place: &Path, paths: &[PathBuf]) -> Result<(), Error> {
-    let recordings: Result<Vec<_>, _> = paths
-        .iter()
-        .map(|path| Loaded::read(path.display().to_string(), Reader::open(path)?))
-        .collect();
-    let recordings = recordings?;
+    let mut recordings = Vec::new();
+    for path in paths {
+        let name = path.display().to_string();
+        recordings.extend(Loaded::read(name, Reader::open(path)?)?);
+    }
     let report = Report::new(&analysis::find(&recordings));
     add(set, place, &report)
 }

@@ -48,6 +48,7 @@ fn migration(handler: u64, load: u64) -> Migration {
         blackout_ns: Some(downtime_ns - 1_000),
         explained: Some(0.9),
         clock_error_ns: Some(0),
+        clock: None,
         lost_events: 0,
         hosts: vec![host("6.12.1")],
         spans: vec![

@@ -18,7 +18,11 @@ fn trace(tapes: &[Tape]) -> Vec<u8> {
 
 fn trace_of(files: &[&[u8]]) -> Vec<u8> {
     let name = || "blackout.rec".to_owned();
-    let load = |bytes: &&[u8]| Loaded::read(name(), Reader::new(name(), *bytes).unwrap()).unwrap();
+    let load = |bytes: &&[u8]| {
+        Loaded::read(name(), Reader::new(name(), *bytes).unwrap())
+            .unwrap()
+            .remove(0)
+    };
     let recordings: Vec<_> = files.iter().map(load).collect();
     let mut trace = Vec::new();
     chrome::write(&mut trace, &recordings, &analysis::find(&recordings)).unwrap();

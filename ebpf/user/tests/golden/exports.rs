@@ -14,7 +14,9 @@ use crate::{TESTBED, check, scenarios};
 
 fn load(bytes: &[u8]) -> Loaded {
     let name = || "blackout.rec".to_owned();
-    Loaded::read(name(), Reader::new(name(), bytes).unwrap()).unwrap()
+    Loaded::read(name(), Reader::new(name(), bytes).unwrap())
+        .unwrap()
+        .remove(0)
 }
 
 fn with<T>(tapes: &[Tape], use_it: impl FnOnce(&[Loaded], &[Migration<'_>]) -> T) -> T {

@@ -13,7 +13,7 @@ use crate::{TESTBED, scenarios};
 /// Everything that the tool makes of a recording.
 fn all(bytes: &[u8]) -> Result<(), Error> {
     let name = || "damaged.rec".to_owned();
-    let recordings = [Loaded::read(name(), Reader::new(name(), bytes)?)?];
+    let recordings = Loaded::read(name(), Reader::new(name(), bytes)?)?;
     let migrations = analysis::find(&recordings);
     let mut out = Vec::new();
     text::write(&mut out, &recordings, &migrations).unwrap();

@@ -6,6 +6,7 @@
 mod chrome;
 mod exports;
 mod hostile;
+mod merge;
 #[path = "../../../../tests/perfetto/query.rs"]
 mod perfetto;
 mod report;

@@ -9,7 +9,9 @@ use crate::tape::Tape;
 use crate::{TESTBED, check, scenarios};
 
 pub(crate) fn load(name: &str, bytes: &[u8]) -> Loaded {
-    Loaded::read(name.into(), Reader::new(name.into(), bytes).unwrap()).unwrap()
+    Loaded::read(name.into(), Reader::new(name.into(), bytes).unwrap())
+        .unwrap()
+        .remove(0)
 }
 
 pub(crate) fn golden(name: &str, tapes: &[Tape]) -> Report {

@@ -6,15 +6,15 @@ use blackout::recording::Frame;
 use crate::report::{golden, load};
 use crate::tape::{Tape, Task};
 
-const SOURCE: u32 = 300;
-const DESTINATION: u32 = 400;
+pub(crate) const SOURCE: u32 = 300;
+pub(crate) const DESTINATION: u32 = 400;
 
 const KVM_GET_DIRTY_LOG: u32 = 0x4010_ae42;
 const KVM_GET_REGS: u32 = 0x8090_ae81;
 const KVM_SET_REGS: u32 = 0x4090_ae82;
 
 /// A migration of two vCPUs with `pause_us` between the two sides.
-fn migration(pause_us: u64) -> Tape {
+pub(crate) fn migration(pause_us: u64) -> Tape {
     let mut tape = Tape::new("testbed");
     let source = tape.process(SOURCE, &["monitor", "one", "two"]);
     let destination = tape.process(DESTINATION, &["monitor", "one", "two"]);

@@ -95,6 +95,7 @@ fn other_data(hosts: &Hosts, recordings: &[Loaded]) -> Value {
             "backends": recording.header.backends,
             "offset_ns": clock.offset_ns,
             "error_ns": clock.error_ns,
+            "basis": clock.basis,
             "lost_events": recording.lost_events(),
         })
     });
@@ -128,7 +129,7 @@ fn phases<S: Sink>(
     let name = migration
         .id
         .map_or_else(|| "migration".into(), |id| format!("migration {id}"));
-    let all = Args::from_iter([
+    let mut all = Args::from_iter([
         (
             "status".to_owned(),
             describe::printable(&migration.status).into(),
@@ -136,6 +137,11 @@ fn phases<S: Sink>(
         ("explained".to_owned(), downtime.explained.into()),
         ("lost_events".to_owned(), migration.lost_events.into()),
     ]);
+    let doubts = migration.doubts();
+    if !doubts.is_empty() {
+        let doubts = describe::printable(&doubts.join("; "));
+        all.insert("doubts".to_owned(), doubts.into());
+    }
     let phases = [
         (name.as_str(), Some((0, migration.end_ns)), all),
         ("downtime", bounds, Args::new()),
