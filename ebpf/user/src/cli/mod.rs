@@ -1,5 +1,6 @@
 //! The command line: one file a verb, each with its arguments and one function `run`.
 
+mod bench;
 mod check;
 mod compare;
 mod doctor;
@@ -11,6 +12,7 @@ mod record;
 mod report;
 
 use std::process::ExitCode;
+use std::time::Duration;
 
 use clap::{Parser, Subcommand};
 
@@ -44,6 +46,7 @@ enum Verb {
     Merge(merge::Args),
     Compare(compare::Args),
     Check(check::Args),
+    Bench(bench::Args),
     List(list::Args),
     Doctor(doctor::Args),
 }
@@ -87,7 +90,14 @@ pub fn run(cli: Cli) -> anyhow::Result<Outcome> {
         Verb::Export(args) => export::run(&args),
         Verb::Compare(args) => compare::run(&args),
         Verb::Check(args) => check::run(&args),
+        Verb::Bench(args) => bench::run(&args),
         Verb::List(args) => list::run(&args),
         Verb::Doctor(args) => doctor::run(&args),
     }
+}
+
+/// Reads a number of seconds.
+fn seconds(text: &str) -> Result<Duration, String> {
+    let seconds = text.parse::<f64>().map_err(|error| error.to_string())?;
+    Duration::try_from_secs_f64(seconds).map_err(|error| error.to_string())
 }

@@ -52,7 +52,7 @@ pub(super) struct Args {
     output: PathBuf,
 
     /// End after this many seconds
-    #[arg(long, value_name = "SECONDS", value_parser = seconds)]
+    #[arg(long, value_name = "SECONDS", value_parser = super::seconds)]
     duration: Option<Duration>,
 
     /// Exit with 1 when events were lost
@@ -246,9 +246,4 @@ fn say_end(args: &Args, summary: &Summary) {
 
 fn milliseconds(ns: u64) -> String {
     format!("{}.{:03} ms", ns / 1_000_000, ns / 1000 % 1000)
-}
-
-fn seconds(text: &str) -> Result<Duration, String> {
-    let seconds = text.parse::<f64>().map_err(|error| error.to_string())?;
-    Duration::try_from_secs_f64(seconds).map_err(|error| error.to_string())
 }
