@@ -1,4 +1,4 @@
-//! The command line.
+//! The command line: for `main.rs`, and for its manual page.
 
 mod devices;
 
@@ -9,16 +9,17 @@ use std::str::FromStr;
 use blackout_abi::guest::{CMDLINE_MAX, MAX_VCPUS};
 use clap::Parser;
 use clap::error::ErrorKind;
-use vmm::arch::{self, GuestClock};
-use vmm::devices::virtio::{blk, console, net, vsock};
-use vmm::migration::uri;
-use vmm::payload::{Linux, Program};
-use vmm::qmp::Address;
+
+use crate::arch::{self, GuestClock};
+use crate::devices::virtio::{blk, console, net, vsock};
+use crate::migration::uri;
+use crate::payload::{Linux, Program};
+use crate::qmp::Address;
 
 /// A KVM virtual machine monitor whose live migration can be seen through
 #[derive(Debug, Parser)]
 #[command(name = "blackout-vmm", version, after_help = EXIT_STATUS)]
-pub(crate) struct Args {
+pub struct Args {
     /// Bare-metal program to boot: ELF or flat binary
     #[arg(
         long,
@@ -26,7 +27,7 @@ pub(crate) struct Args {
         required_unless_present_any = ["kernel", "incoming", "check"],
         help_heading = "Guest"
     )]
-    pub(crate) payload: Option<PathBuf>,
+    pub payload: Option<PathBuf>,
 
     /// Linux kernel to boot: arm64 Image, also in gzip or EFI zboot; x86-64 bzImage or vmlinux
     #[arg(
@@ -35,19 +36,19 @@ pub(crate) struct Args {
         conflicts_with = "payload",
         help_heading = "Guest"
     )]
-    pub(crate) kernel: Option<PathBuf>,
+    pub kernel: Option<PathBuf>,
 
     /// Linux's initial RAM disk
     #[arg(long, value_name = "FILE", requires = "kernel", help_heading = "Guest")]
-    pub(crate) initrd: Option<PathBuf>,
+    pub initrd: Option<PathBuf>,
 
     /// Command line for the guest
     #[arg(long, value_name = "TEXT", default_value = "", value_parser = cmdline, help_heading = "Guest")]
-    pub(crate) cmdline: String,
+    pub cmdline: String,
 
     /// End when the guest resets instead of booting it again
     #[arg(long, help_heading = "Guest")]
-    pub(crate) no_reboot: bool,
+    pub no_reboot: bool,
 
     /// Guest RAM, as 128M or 4G
     #[arg(
@@ -56,15 +57,15 @@ pub(crate) struct Args {
         default_value = "128M",
         help_heading = "Machine"
     )]
-    pub(crate) memory: Size,
+    pub memory: Size,
 
     /// vCPUs
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=MAX_VCPUS as i64), help_heading = "Machine")]
-    pub(crate) cpus: u32,
+    pub cpus: u32,
 
     /// Name of the VM, for query-name
     #[arg(long, value_name = "NAME", help_heading = "Machine")]
-    pub(crate) name: Option<String>,
+    pub name: Option<String>,
 
     /// Serial console: stdio, null, file:PATH, or unix:PATH to listen for one client at a time
     #[arg(
@@ -73,68 +74,68 @@ pub(crate) struct Args {
         default_value = "stdio",
         help_heading = "Machine"
     )]
-    pub(crate) serial: Console,
+    pub serial: Console,
 
     /// A disk, a raw image or block device: `path=FILE[,readonly][,id=TEXT]`; once for each
     #[arg(long = "disk", value_name = "OPTIONS", value_parser = devices::disk, help_heading = "Devices")]
-    pub(crate) disks: Vec<blk::Options>,
+    pub disks: Vec<blk::Options>,
 
     /// A network card on a tap interface: `tap=NAME[,mac=ADDRESS]`; once for each
     #[arg(long = "net", value_name = "OPTIONS", value_parser = devices::net, help_heading = "Devices")]
-    pub(crate) nets: Vec<net::Options>,
+    pub nets: Vec<net::Options>,
 
     /// A console that is faster than the serial one: null, file:PATH, or unix:PATH to listen for one
     /// client at a time; once for each
     #[arg(long = "console", value_name = "WHERE", value_parser = devices::console, help_heading = "Devices")]
-    pub(crate) consoles: Vec<console::Options>,
+    pub consoles: Vec<console::Options>,
 
     /// Sockets between guest and host: `cid=N,path=SOCKET`; a program of the host connects to SOCKET
     /// and writes `CONNECT PORT`, one of the guest reaches SOCKET_PORT
     #[arg(long, value_name = "OPTIONS", value_parser = devices::vsock, help_heading = "Devices")]
-    pub(crate) vsock: Option<vsock::Options>,
+    pub vsock: Option<vsock::Options>,
 
     /// A source of randomness for the guest: the host's
     #[arg(long, help_heading = "Devices")]
-    pub(crate) rng: bool,
+    pub rng: bool,
 
     /// Control socket: `unix:PATH[,server=on][,wait=off]`
     #[arg(long, value_name = "ADDRESS", help_heading = "Control")]
-    pub(crate) qmp: Option<Address>,
+    pub qmp: Option<Address>,
 
     /// Wait for QMP's `cont` before the guest runs
     #[arg(short = 'S', long, help_heading = "Control")]
-    pub(crate) paused: bool,
+    pub paused: bool,
 
     /// Be a migration's destination: tcp:HOST:PORT, unix:PATH, or defer until `migrate-incoming`
     #[arg(long, value_name = "URI", value_parser = incoming, help_heading = "Migration")]
-    pub(crate) incoming: Option<String>,
+    pub incoming: Option<String>,
 
     /// What the clock of a guest that comes from another host has done on its way: advance or freeze.
     /// By default x86-64 guests, which can be told that they were stopped, find that time has
     /// passed, and arm64 guests do not
     #[arg(long, value_name = "WHAT", default_value_t, help_heading = "Migration")]
-    pub(crate) guest_clock: Clock,
+    pub guest_clock: Clock,
 
     /// Test mode: at the switchover, compare a checksum of all RAM on both sides
     #[arg(long, help_heading = "Migration")]
-    pub(crate) verify_ram: bool,
+    pub verify_ram: bool,
 
     /// Say what this host's KVM can and cannot do, and end: 0 when guests run here, 1 when not
     #[arg(long, help_heading = "Diagnostics")]
-    pub(crate) check: bool,
+    pub check: bool,
 
     /// Write a Chrome trace of the monitor's own spans, for Perfetto
     #[arg(long, value_name = "FILE", help_heading = "Diagnostics")]
-    pub(crate) trace_chrome: Option<PathBuf>,
+    pub trace_chrome: Option<PathBuf>,
 
     /// What to log to stderr, as debug or vmm=trace [default: RUST_LOG, or warn]
     #[arg(long, value_name = "FILTER", help_heading = "Diagnostics")]
-    pub(crate) log: Option<String>,
+    pub log: Option<String>,
 }
 
 impl Args {
     /// What to boot, if anything.
-    pub(crate) fn program(&self) -> Option<Program> {
+    pub fn program(&self) -> Option<Program> {
         let payload = self.payload.clone().map(Program::Payload);
         let linux = |kernel| {
             let initrd = self.initrd.clone();
@@ -153,7 +154,7 @@ event says which it was.";
 
 /// Parses the command line, or ends the process: with help on stdout, or with one line that says
 /// what is wrong and status 2.
-pub(crate) fn parse() -> Args {
+pub fn parse() -> Args {
     Args::try_parse().unwrap_or_else(|error| {
         if matches!(
             error.kind(),
@@ -190,7 +191,10 @@ fn cmdline(text: &str) -> Result<String, String> {
 
 /// A number of bytes, written with its unit.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Size(pub(crate) u64);
+pub struct Size(
+    /// Bytes.
+    pub u64,
+);
 
 impl FromStr for Size {
     type Err = String;
@@ -225,7 +229,10 @@ impl fmt::Display for Size {
 
 /// What a guest's clock does during a migration.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(crate) struct Clock(pub(crate) GuestClock);
+pub struct Clock(
+    /// The same, as the machine takes it.
+    pub GuestClock,
+);
 
 impl Default for Clock {
     fn default() -> Self {
@@ -256,7 +263,7 @@ impl fmt::Display for Clock {
 
 /// Where the serial console goes.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub(crate) enum Console {
+pub enum Console {
     /// stdin and stdout.
     Stdio,
     /// Nowhere.

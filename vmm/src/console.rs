@@ -14,7 +14,7 @@ use vmm::arch::Uart;
 use vmm::devices::serial::Output;
 use vmm::socket::{self, SocketFile};
 
-use crate::args::Console;
+use vmm::args::Console;
 
 /// How long input waits for the guest to make room for it.
 const ROOM: Duration = Duration::from_millis(10);

@@ -1,6 +1,7 @@
 #![doc = include_str!("../ARCHITECTURE.md")]
 
 pub mod arch;
+pub mod args;
 pub mod check;
 pub mod control;
 pub mod devices;

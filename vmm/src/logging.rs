@@ -9,7 +9,7 @@ use tracing_subscriber::layer::SubscriberExt;
 use tracing_subscriber::util::SubscriberInitExt;
 use tracing_subscriber::{EnvFilter, Layer};
 
-use crate::args::Args;
+use vmm::args::Args;
 
 /// Starts both. The trace is complete once the guard is dropped.
 pub(crate) fn start(args: &Args) -> Result<Option<FlushGuard>> {

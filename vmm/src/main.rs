@@ -1,6 +1,5 @@
 //! Arguments → [`Machine`] → QMP loop.
 
-mod args;
 mod console;
 mod logging;
 mod signals;
@@ -10,14 +9,13 @@ use std::sync::mpsc::{self, Receiver};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use anyhow::{Context, Result};
+use vmm::args::{self, Args};
 use vmm::check::Report;
 use vmm::control::{system_reset, vm_start, vm_stop};
 use vmm::machine::{Config, Machine, PciDevices, SharedMachine};
 use vmm::migration::{Migrations, Parameters};
 use vmm::qmp::{Hub, Monitor, Server};
 use vmm::runstate::{Event, Request, RunState};
-
-use crate::args::Args;
 
 fn main() -> ExitCode {
     let args = args::parse();

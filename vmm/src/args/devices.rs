@@ -2,7 +2,7 @@
 
 use std::path::PathBuf;
 
-use vmm::devices::virtio::{blk, console, net, vsock};
+use crate::devices::virtio::{blk, console, net, vsock};
 
 /// The pairs of one option, each to be asked for once.
 struct Pairs<'a>(Vec<(&'a str, Option<&'a str>)>);
