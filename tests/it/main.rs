@@ -13,6 +13,7 @@ mod linux_load;
 mod migrate;
 mod migrate_control;
 mod migrate_faults;
+mod migrate_oneway;
 mod peers;
 #[path = "../perfetto/query.rs"]
 mod perfetto;

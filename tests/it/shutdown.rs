@@ -10,6 +10,7 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use vmm::control::vm_start;
 use vmm::machine::{Config, Machine, PciDevices, SharedMachine};
+use vmm::migration::descriptors::Descriptors;
 use vmm::migration::status::MigrationStatus;
 use vmm::migration::{Migrations, Parameters};
 use vmm::payload::Program;
@@ -51,8 +52,8 @@ fn a_guest_that_is_switched_off_is_not_handed_over() -> Result<()> {
         Migrations::new(Arc::clone(machine), parameters, EventSender::new(drop))
     };
     let (there, here) = (migrations(&target), migrations(&source));
-    there.incoming(&uri)?;
-    here.start(&uri)?;
+    there.incoming(&uri, &mut Descriptors::default())?;
+    here.start(&uri, &mut Descriptors::default())?;
     let until = Instant::now() + LIMIT;
     let answer = loop {
         let answer = here.query();

@@ -1,13 +1,15 @@
 //! A blocking QMP client.
 
 use std::collections::VecDeque;
-use std::io::{BufRead, BufReader, ErrorKind, Write};
+use std::io::{BufRead, BufReader, ErrorKind, IoSlice, Write};
+use std::os::fd::AsRawFd;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use nix::sys::socket::{ControlMessage, MsgFlags, sendmsg};
 use serde_json::{Value, json};
 
 /// How long a command may take to be answered.
@@ -93,6 +95,16 @@ impl Qmp {
             }
             self.events.push_back(message);
         }
+    }
+
+    /// Passes a descriptor to the monitor, which from then on knows it as `name`.
+    pub fn pass(&mut self, name: &str, fd: &impl AsRawFd) -> Result<()> {
+        // It goes with the line's first byte; the rest is the command that names it.
+        let stream = self.stream.get_ref().as_raw_fd();
+        let (part, fds) = ([IoSlice::new(b" ")], [fd.as_raw_fd()]);
+        let passed = [ControlMessage::ScmRights(&fds)];
+        sendmsg::<()>(stream, &part, &passed, MsgFlags::empty(), None)?;
+        self.execute("getfd", json!({ "fdname": name })).map(drop)
     }
 
     /// The error that `command` answers with; fails when it succeeds.

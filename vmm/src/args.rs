@@ -106,7 +106,8 @@ pub struct Args {
     #[arg(short = 'S', long, help_heading = "Control")]
     pub paused: bool,
 
-    /// Be a migration's destination: tcp:HOST:PORT, unix:PATH, or defer until `migrate-incoming`
+    /// Be a migration's destination: tcp:HOST:PORT, unix:PATH, fd:N, exec:COMMAND,
+    /// file:PATH[,offset=N], or defer until `migrate-incoming`
     #[arg(long, value_name = "URI", value_parser = incoming, help_heading = "Migration")]
     pub incoming: Option<String>,
 

@@ -13,6 +13,7 @@ use vmm::args::{self, Args};
 use vmm::check::Report;
 use vmm::control::{system_reset, vm_start, vm_stop};
 use vmm::machine::{Config, Machine, PciDevices, SharedMachine};
+use vmm::migration::descriptors::Descriptors;
 use vmm::migration::{Migrations, Parameters};
 use vmm::qmp::{Hub, Monitor, Server};
 use vmm::runstate::{Event, Request, RunState};
@@ -85,7 +86,9 @@ fn run(args: Args) -> Result<()> {
     let migrations = Migrations::new(Arc::clone(&machine), parameters, hub.events());
     // Before QMP answers: whoever gets an answer may rely on this side's being ready.
     if let Some(uri) = &args.incoming {
-        migrations.incoming(uri).context("--incoming")?;
+        migrations
+            .incoming(uri, &mut Descriptors::default())
+            .context("--incoming")?;
     }
     let monitor = Monitor {
         machine: Arc::clone(&machine),

@@ -11,13 +11,12 @@ use std::ffi::CStr;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
-use socket2::Socket;
-
 use super::clock::Clock;
 use super::settings::{Capability, Settings};
 use super::status::{
     Blackout, ClockReport, MigrationStatus, QueryMigrate, Ram, Side, SocketAddress, Span,
 };
+use super::wire::Wire;
 use crate::runstate::{Event, EventSender};
 use crate::spanlog::{SpanRecord, monotonic_ns};
 
@@ -43,8 +42,8 @@ struct State {
     goes_on: bool,
     /// It is too late to cancel.
     sealed: bool,
-    /// Shut down to wake the migration's thread.
-    connection: Option<Socket>,
+    /// Interrupted to wake the migration's thread.
+    wire: Option<Wire>,
 }
 
 #[derive(Clone, Debug)]
@@ -144,16 +143,16 @@ impl Board {
         true
     }
 
-    /// Hands over the connection that [`Board::cancel`] shuts down.
+    /// Hands over what [`Board::cancel`] interrupts.
     ///
     /// # Errors
     /// When the migration was cancelled before.
-    pub(super) fn attach(&self, connection: Socket) -> Result<(), Cancelled> {
+    pub(super) fn attach(&self, wire: Wire) -> Result<(), Cancelled> {
         let mut state = self.lock();
         if state.cancelled {
             return Err(Cancelled);
         }
-        state.connection = Some(connection);
+        state.wire = Some(wire);
         Ok(())
     }
 
@@ -174,9 +173,8 @@ impl Board {
         }
         state.cancelled = true;
         self.changed.notify_all();
-        if let Some(connection) = &state.connection {
-            // It fails on a connection that has broken already, which wakes the thread as well.
-            let _ = connection.shutdown(std::net::Shutdown::Both);
+        if let Some(wire) = &state.wire {
+            wire.interrupt();
         }
     }
 
@@ -185,8 +183,8 @@ impl Board {
     /// from the end of the process.
     pub(super) fn abandon(&self) {
         self.cancel();
-        if let Some(connection) = &self.lock().connection {
-            let _ = connection.shutdown(std::net::Shutdown::Both);
+        if let Some(wire) = &self.lock().wire {
+            wire.interrupt();
         }
     }
 
@@ -298,7 +296,7 @@ impl Board {
     /// The migration is over: `status` is final. Keeps the breakdown until the next one.
     pub(super) fn finish(&self, status: MigrationStatus, error: Option<String>, report: Report) {
         let mut state = self.lock();
-        state.connection = None;
+        state.wire = None;
         if let Some(migration) = state.migration.as_mut() {
             migration.ended_ns = Some(monotonic_ns());
             migration.blackout = Some(migration.blackout(report));

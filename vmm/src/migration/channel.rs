@@ -1,20 +1,18 @@
-//! The stream over a connected socket, both directions.
+//! The stream over what carries it: both directions, or the one that there is.
 
-use std::io::{self, Read, Write};
-use std::net::Shutdown;
+use std::io;
 use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
-use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use socket2::Socket;
-
+use super::oneway::{FinishError, OneWay};
 use super::stream::Error;
 use super::stream::frame::{Frame, Kind};
 use super::stream::message::{Alive, Failure, Message};
 use super::stream::reader::FrameReader;
 use super::stream::writer::FrameWriter;
+use super::wire::Wire;
 use crate::spanlog::SpanRecord;
 
 /// How long a side that gave up waits for the other one to hear of it.
@@ -43,29 +41,33 @@ impl Default for Patience {
 pub(super) struct Channel {
     /// Before the writer: it must not be in the middle of a frame when the connection goes.
     pulse: Option<Pulse>,
-    socket: Socket,
-    reader: FrameReader<Socket>,
-    writer: Arc<Mutex<FrameWriter<Patient>>>,
+    wire: Wire,
+    reader: FrameReader<Wire>,
+    writer: Arc<Mutex<FrameWriter<Wire>>>,
     patience: Patience,
 }
 
 impl Channel {
-    /// The stream over `socket`, which is connected. The caller sends and checks the prefaces.
+    /// The stream over `wire`. The caller sends and checks the prefaces.
     ///
     /// # Errors
-    /// When the socket can't be duplicated.
-    pub(super) fn new(socket: Socket, patience: Patience) -> io::Result<Self> {
-        socket.set_read_timeout(Some(patience.silence))?;
-        socket.set_write_timeout(Some(patience.silence))?;
-        let reader = FrameReader::new(socket.try_clone()?);
-        let writer = FrameWriter::new(Patient(socket.try_clone()?));
+    /// When the wire takes no timeouts.
+    pub(super) fn new(wire: Wire, patience: Patience) -> io::Result<Self> {
+        wire.set_patience(patience.silence)?;
+        let reader = FrameReader::new(wire.clone());
+        let writer = FrameWriter::new(wire.clone());
         Ok(Channel {
             pulse: None,
-            socket,
+            wire,
             reader,
             writer: Arc::new(Mutex::new(writer)),
             patience,
         })
+    }
+
+    /// Whether the other side can answer.
+    pub(super) fn has_way_back(&self) -> bool {
+        self.wire.one_way().is_none()
     }
 
     /// Tells the other side every now and then that this one is there, from now until the end.
@@ -73,10 +75,31 @@ impl Channel {
     /// # Errors
     /// When the thread for it can't be started.
     pub(super) fn keep_alive(&mut self) -> io::Result<()> {
-        let socket = self.socket.try_clone()?;
         let (writer, every) = (Arc::clone(&self.writer), self.patience.pulse);
-        self.pulse = Some(Pulse::start(socket, writer, every)?);
+        self.pulse = Some(Pulse::start(self.wire.clone(), writer, every)?);
         Ok(())
+    }
+
+    /// Says no more that this one is there.
+    pub(super) fn fall_silent(&mut self) {
+        self.pulse = None;
+    }
+
+    /// Sees to it that what was sent is on the disk, if the stream goes to a file.
+    pub(super) fn sync(&self) -> Result<(), Error> {
+        let offset = self.writer().offset();
+        let synced = self.wire.one_way().map_or(Ok(()), OneWay::sync);
+        synced.map_err(|source| Error::Write { offset, source })
+    }
+
+    /// All was sent, and there is no way back: makes sure that it was taken, as far as one can know.
+    pub(super) fn finish(&self) -> Result<(), FinishError> {
+        self.wire.one_way().map_or(Ok(()), OneWay::finish)
+    }
+
+    /// Takes back what was sent. Says whether that was possible.
+    pub(super) fn retract(&self) -> io::Result<bool> {
+        self.wire.one_way().map_or(Ok(false), OneWay::retract)
     }
 
     /// Starts this side's direction.
@@ -146,8 +169,7 @@ impl Channel {
     /// Whether the other side has closed the connection, or it broke, whatever is left to read.
     /// Does not wait.
     pub(super) fn is_broken(&self) -> bool {
-        let gone = PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR;
-        is(&self.socket, PollFlags::RDHUP, gone)
+        self.wire.is_broken()
     }
 
     /// Why nothing can be sent any more: what the other side said before it closed the connection,
@@ -166,56 +188,18 @@ impl Channel {
     }
 
     /// Tells the other side that this one gives up, and lets go of the connection. What the other
-    /// side has sent meanwhile is read and thrown away: a connection that is closed with unread
-    /// bytes is reset, and the reset may overtake the reason.
+    /// side has sent meanwhile is read and thrown away.
     pub(super) fn give_up(mut self, reason: String, spans: Vec<SpanRecord>) {
         self.pulse = None;
         // Nobody is left to tell when this fails.
         if self.send(&Failure { reason, spans }).is_err() {
             return;
         }
-        let _ = self.socket.shutdown(Shutdown::Write);
-        let until = Instant::now() + FAREWELL;
-        let mut rest = [0; 16 << 10];
-        loop {
-            let left = until.saturating_duration_since(Instant::now());
-            if left.is_zero() || self.socket.set_read_timeout(Some(left)).is_err() {
-                return;
-            }
-            if !self.socket.read(&mut rest).is_ok_and(|read| read > 0) {
-                return;
-            }
-        }
+        self.wire.linger(FAREWELL);
     }
 
-    fn writer(&self) -> MutexGuard<'_, FrameWriter<Patient>> {
+    fn writer(&self) -> MutexGuard<'_, FrameWriter<Wire>> {
         self.writer.lock().unwrap_or_else(PoisonError::into_inner)
-    }
-}
-
-/// A socket that is written to for as long as the other side lives.
-struct Patient(Socket);
-
-impl Write for Patient {
-    /// What the other side does not read may wait, as long as more and more comes from there.
-    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
-        let mut heard = 0;
-        loop {
-            match (&self.0).write(bytes) {
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                    let unread = rustix::io::ioctl_fionread(&self.0)?;
-                    if unread <= heard {
-                        return Err(error);
-                    }
-                    heard = unread;
-                }
-                written => return written,
-            }
-        }
-    }
-
-    fn flush(&mut self) -> io::Result<()> {
-        Ok(())
     }
 }
 
@@ -227,8 +211,8 @@ struct Pulse {
 
 impl Pulse {
     fn start(
-        socket: Socket,
-        writer: Arc<Mutex<FrameWriter<Patient>>>,
+        wire: Wire,
+        writer: Arc<Mutex<FrameWriter<Wire>>>,
         every: Duration,
     ) -> io::Result<Self> {
         let (stop, stopped) = mpsc::channel();
@@ -236,7 +220,7 @@ impl Pulse {
             while stopped.recv_timeout(every) == Err(RecvTimeoutError::Timeout) {
                 // If the writer is taken, or there is no room, something is on its way anyway.
                 if let Ok(mut writer) = writer.try_lock()
-                    && is(&socket, PollFlags::OUT, PollFlags::OUT)
+                    && wire.has_room()
                 {
                     // Whoever writes next meets the same error, and can do something about it.
                     let _ = writer.send(&Alive {});
@@ -258,61 +242,5 @@ impl Drop for Pulse {
         drop(self.stop.take());
         // A thread that panicked has already said why on stderr.
         let _ = self.thread.take().map(JoinHandle::join);
-    }
-}
-
-/// Whether one of `wanted` holds of the socket now, when it is asked for `asked`.
-fn is(socket: &Socket, asked: PollFlags, wanted: PollFlags) -> bool {
-    let mut fds = [PollFd::new(socket, asked)];
-    let now = Timespec {
-        tv_sec: 0,
-        tv_nsec: 0,
-    };
-    poll(&mut fds, Some(&now)).is_ok() && fds.iter().any(|fd| fd.revents().intersects(wanted))
-}
-
-#[cfg(test)]
-mod tests {
-    use socket2::{Domain, Type};
-
-    use super::*;
-
-    /// Writes more than a socket takes, while the other side says `alive` so often, ms, and reads
-    /// nothing for a while.
-    fn write_to_busy(alive: u64) -> io::Result<usize> {
-        let (here, there) = Socket::pair(Domain::UNIX, Type::STREAM, None).unwrap();
-        here.set_write_timeout(Some(Duration::from_millis(100)))
-            .unwrap();
-        let busy = thread::spawn(move || {
-            let until = Instant::now() + Duration::from_millis(600);
-            while Instant::now() < until {
-                thread::sleep(Duration::from_millis(alive));
-                (&there).write_all(&[0]).unwrap_or_default();
-            }
-            io::copy(&mut &there, &mut io::sink())
-        });
-        let bytes = vec![0; 4 << 20];
-        let mut writer = Patient(here);
-        let mut written = 0;
-        let result = loop {
-            match bytes.get(written..) {
-                None | Some([]) => break Ok(written),
-                Some(rest) => match writer.write(rest) {
-                    Ok(more) => written += more,
-                    Err(error) => break Err(error),
-                },
-            }
-        };
-        drop(writer);
-        // Its copy ends with an error when this side leaves something unread.
-        let _ = busy.join().unwrap();
-        result
-    }
-
-    #[test]
-    fn who_does_not_read_but_speaks_is_waited_for() {
-        assert_eq!(write_to_busy(20).unwrap(), 4 << 20);
-        let error = write_to_busy(400).unwrap_err();
-        assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
     }
 }

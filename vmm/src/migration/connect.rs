@@ -1,14 +1,21 @@
-//! `[2]` The connection: dialled at the source, accepted at the destination.
+//! `[2]` The connection: dialled at the source, accepted at the destination. Or what stands in for
+//! one: a file, a command, a descriptor that somebody passed.
 
+use std::fs::File;
 use std::io;
 use std::net::ToSocketAddrs;
+use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileTypeExt;
 use std::time::Duration;
 
 use socket2::{Domain, SockAddr, Socket, Type};
 
 use super::board::{Board, Cancelled};
+use super::descriptors::{self, Descriptors};
+use super::oneway::{Direction, OneWay};
 use super::status::SocketAddress;
 use super::uri::Uri;
+use super::wire::Wire;
 use crate::probes::Errno;
 use crate::socket::{self, SocketFile};
 
@@ -50,6 +57,17 @@ pub enum Error {
         /// What the kernel said.
         source: io::Error,
     },
+    /// The file, the command or the descriptor can't be used.
+    #[error("opening {uri}")]
+    Open {
+        /// Which.
+        uri: String,
+        /// What the kernel said.
+        source: io::Error,
+    },
+    /// There is no such descriptor.
+    #[error(transparent)]
+    Descriptor(#[from] descriptors::Error),
     /// The path of a unix socket can't be had.
     #[error(transparent)]
     Socket(#[from] socket::Error),
@@ -64,7 +82,9 @@ impl Errno for Error {
             Error::Resolve { .. } => libc::EADDRNOTAVAIL,
             Error::Connect { source, .. }
             | Error::Listen { source, .. }
+            | Error::Open { source, .. }
             | Error::Accept { source, .. } => source.errno(),
+            Error::Descriptor(error) => error.errno(),
             Error::Socket(socket::Error::Listen { source, .. }) => source.errno(),
             Error::Socket(_) => libc::EADDRINUSE,
             Error::Cancelled(_) => libc::ECANCELED,
@@ -72,8 +92,71 @@ impl Errno for Error {
     }
 }
 
-/// Connects to `uri`, trying each of its addresses in turn. A cancel through `board` interrupts it.
-pub(super) fn dial(uri: &Uri, board: &Board) -> Result<Socket, Error> {
+/// Where a guest is to go: a URI, and the descriptor that it means if it is one.
+#[derive(Debug)]
+pub(super) struct Target {
+    /// The URI.
+    pub(super) uri: Uri,
+    passed: Option<OwnedFd>,
+}
+
+impl Target {
+    /// What `uri` means to the client that has `descriptors`.
+    ///
+    /// # Errors
+    /// When it names one that is not among them.
+    pub(super) fn new(uri: Uri, descriptors: &mut Descriptors) -> Result<Self, Error> {
+        let passed = match &uri {
+            Uri::Fd(name) => Some(descriptors.take(name)?),
+            _ => None,
+        };
+        Ok(Target { uri, passed })
+    }
+}
+
+/// Connects to `target`, trying each of its addresses in turn, or opens it. A cancel through `board`
+/// interrupts it.
+pub(super) fn dial(target: Target, board: &Board) -> Result<Wire, Error> {
+    let Target { uri, passed } = target;
+    if let Some(opened) = open(&uri, passed, Direction::Out)? {
+        board.attach(opened.clone())?;
+        return Ok(opened);
+    }
+    let socket = connect(&uri, board)?;
+    Ok(Wire::from(socket))
+}
+
+/// Opens what takes no connecting.
+fn open(uri: &Uri, passed: Option<OwnedFd>, way: Direction) -> Result<Option<Wire>, Error> {
+    let opened = match (uri, passed) {
+        (Uri::File { path, offset }, _) => OneWay::open(path, *offset, way).map(Wire::from),
+        (Uri::Exec(command), _) => OneWay::spawn(command, way).map(Wire::from),
+        (_, Some(fd)) => adopt(fd),
+        _ => return Ok(None),
+    };
+    let uri = uri.to_string();
+    opened
+        .map(Some)
+        .map_err(|source| Error::Open { uri, source })
+}
+
+/// Takes what a client has passed for what it is.
+fn adopt(fd: OwnedFd) -> io::Result<Wire> {
+    let file = File::from(fd);
+    if !file.metadata()?.file_type().is_socket() {
+        return OneWay::new(file).map(Wire::from);
+    }
+    let socket = Socket::from(OwnedFd::from(file));
+    if socket.r#type()? != Type::STREAM {
+        return Err(io::Error::from_raw_os_error(libc::EPROTOTYPE));
+    }
+    // A descriptor may have been made not to block, which it then does not for both of its owners.
+    socket.set_nonblocking(false)?;
+    configure(&socket)?;
+    Ok(Wire::from(socket))
+}
+
+fn connect(uri: &Uri, board: &Board) -> Result<Socket, Error> {
     let mut last = io::Error::from(io::ErrorKind::NotFound);
     for address in addresses(uri)? {
         match try_dial(&address, board)? {
@@ -94,7 +177,7 @@ fn try_dial(address: &SockAddr, board: &Board) -> Result<io::Result<Socket>, Can
         Ok(made) => made,
         Err(error) => return Ok(Err(error)),
     };
-    board.attach(handle)?;
+    board.attach(handle.into())?;
     let connected = socket.connect_timeout(address, CONNECT_TIMEOUT);
     if board.is_cancelled() {
         return Err(Cancelled);
@@ -102,20 +185,39 @@ fn try_dial(address: &SockAddr, board: &Board) -> Result<io::Result<Socket>, Can
     Ok(connected.and_then(|()| configure(&socket)).map(|()| socket))
 }
 
-/// A socket that listens for one migration.
+/// Where one migration is to come from.
 #[derive(Debug)]
 pub(super) struct Listener {
-    socket: Socket,
+    from: Origin,
     uri: Uri,
-    /// Where it is, with the port that the kernel chose.
+    /// Where it listens, with the port that the kernel chose.
     address: Option<SocketAddress>,
     /// Of a unix socket; removed when the listener goes.
     _file: Option<SocketFile>,
 }
 
+#[derive(Debug)]
+enum Origin {
+    /// Whoever connects to this.
+    Socket(Socket),
+    /// What is there already.
+    Opened(Wire),
+}
+
 impl Listener {
-    /// Listens on `uri`. A socket that a dead process left at a `unix:` path is replaced.
-    pub(super) fn bind(uri: &Uri) -> Result<Listener, Error> {
+    /// Listens on `uri`, or opens it. A socket that a dead process left at a `unix:` path is
+    /// replaced; `fd:` is one of `descriptors`.
+    pub(super) fn bind(uri: &Uri, descriptors: &mut Descriptors) -> Result<Listener, Error> {
+        let Target { uri, passed } = Target::new(uri.clone(), descriptors)?;
+        if let Some(opened) = open(&uri, passed, Direction::In)? {
+            return Ok(Listener {
+                from: Origin::Opened(opened),
+                uri,
+                address: None,
+                _file: None,
+            });
+        }
+        let uri = &uri;
         let failed = |source| Error::Listen {
             uri: uri.to_string(),
             source,
@@ -125,9 +227,8 @@ impl Listener {
             let address = Some(SocketAddress::Unix {
                 path: path.display().to_string(),
             });
-            let socket = Socket::from(listener);
             return Ok(Listener {
-                socket,
+                from: Origin::Socket(listener.into()),
                 uri: uri.clone(),
                 address,
                 _file: Some(file),
@@ -139,7 +240,7 @@ impl Listener {
                 Ok(socket) => {
                     let address = inet(&socket).map_err(failed)?;
                     return Ok(Listener {
-                        socket,
+                        from: Origin::Socket(socket),
                         uri: uri.clone(),
                         address,
                         _file: None,
@@ -160,19 +261,27 @@ impl Listener {
     ///
     /// # Errors
     /// Also when a cancel through `board` wakes it.
-    pub(super) fn accept(self, board: &Board) -> Result<Socket, Error> {
+    pub(super) fn accept(self, board: &Board) -> Result<Wire, Error> {
+        let socket = match self.from {
+            Origin::Socket(socket) => socket,
+            Origin::Opened(opened) => {
+                board.attach(opened.clone())?;
+                return Ok(opened);
+            }
+        };
         let failed = |source| Error::Accept {
             uri: self.uri.to_string(),
             source,
         };
-        board.attach(self.socket.try_clone().map_err(failed)?)?;
-        let accepted = self.socket.accept();
+        board.attach(socket.try_clone().map_err(failed)?.into())?;
+        let accepted = socket.accept();
         if board.is_cancelled() {
             return Err(Cancelled.into());
         }
         let (connection, _) = accepted.map_err(failed)?;
         configure(&connection).map_err(failed)?;
-        board.attach(connection.try_clone().map_err(failed)?)?;
+        let connection = Wire::from(connection);
+        board.attach(connection.clone())?;
         Ok(connection)
     }
 }
@@ -225,5 +334,6 @@ fn addresses(uri: &Uri) -> Result<Vec<SockAddr>, Error> {
             .chain(resolve("0.0.0.0", *port)?)
             .collect()),
         Uri::Tcp { host, port } => Ok(resolve(host, *port)?.collect()),
+        Uri::Fd(_) | Uri::Exec(_) | Uri::File { .. } => Ok(Vec::new()),
     }
 }

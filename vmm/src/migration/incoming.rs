@@ -31,6 +31,12 @@ pub(crate) enum Error {
     /// The stream.
     #[error(transparent)]
     Stream(#[from] stream::Error),
+    /// The source waits for a destination that it can't hear.
+    #[error(
+        "the guest was sent over a connection that is answered: it can't come from a file, a pipe or a \
+         command"
+    )]
+    NoWayBack,
     /// The source's guest does not fit this VM.
     #[error(transparent)]
     Mismatch(#[from] Mismatch),
@@ -68,6 +74,7 @@ impl Errno for Error {
             Error::Session(source) => source.errno(),
             Error::Stream(source) => source.errno(),
             Error::Mismatch(source) => source.errno(),
+            Error::NoWayBack => libc::EPROTO,
             Error::Checksum { .. } => libc::EBADMSG,
             Error::Memory(source) => source.errno(),
             Error::LoadDevice { source, .. } => source.errno(),
@@ -88,8 +95,8 @@ pub(super) fn run(
     let accepted = listener.accept(board).map_err(Error::from);
     let log = SpanLog::open();
     let mut report = Report::default();
-    let result = accepted.and_then(|socket| {
-        let channel = Channel::new(socket, patience).map_err(Error::Session)?;
+    let result = accepted.and_then(|wire| {
+        let channel = Channel::new(wire, patience).map_err(Error::Session)?;
         take_in(vm, channel, uri, board, &log, &mut report)
     });
     let (status, error) = match &result {

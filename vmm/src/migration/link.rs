@@ -1,12 +1,13 @@
 //! The source's end of the connection: pages that are acknowledged, and the other side's clock.
+//!
+//! Without a way back nothing is acknowledged: what was written counts as loaded.
 
 use std::time::{Duration, Instant};
-
-use socket2::Socket;
 
 use super::board::{Board, Cancelled};
 use super::channel::{Channel, Patience};
 use super::clock::{Clock, Sample};
+use super::oneway::FinishError;
 use super::settings::Parameter;
 use super::status::describe;
 use super::stream::Error;
@@ -18,6 +19,7 @@ use super::stream::message::{
 };
 use super::stream::ram::{Packer, Tally};
 use super::vm::SavedDevice;
+use super::wire::Wire;
 use crate::memory::{self, GuestRam, PAGE_SIZE, PageRun};
 use crate::probes::{self, Errno};
 use crate::runstate::RunState;
@@ -99,6 +101,8 @@ pub(super) enum Committed {
 /// The connection to a destination that has accepted the guest.
 pub(super) struct Link {
     channel: Channel,
+    /// Whether the destination can be heard.
+    answered: bool,
     clock: Clock,
     /// This session's secret, which the destination echoes in `loaded`.
     token: Token,
@@ -120,13 +124,12 @@ struct Flow {
 }
 
 impl Link {
-    /// Introduces the guest of migration `id` over a connected socket, and reads the other side's
-    /// clock.
+    /// Introduces the guest of migration `id` over `wire`, and reads the other side's clock.
     ///
     /// # Errors
     /// When the destination can't take the guest: [`Error::Peer`] has its reason.
     pub(super) fn open(
-        socket: Socket,
+        wire: Wire,
         id: u64,
         token: Token,
         shape: &Shape,
@@ -134,7 +137,8 @@ impl Link {
     ) -> Result<Self, Error> {
         let failed = |source| Error::Write { offset: 0, source };
         let mut link = Link {
-            channel: Channel::new(socket, patience).map_err(failed)?,
+            answered: wire.one_way().is_none(),
+            channel: Channel::new(wire, patience).map_err(failed)?,
             clock: Clock::default(),
             token,
             their_token: Token::default(),
@@ -153,7 +157,11 @@ impl Link {
 
     fn greet(&mut self, id: u64, shape: &Shape) -> Result<(), Error> {
         self.channel.send_preface()?;
-        self.channel.send(&shape.hello(id, self.token))?;
+        self.channel
+            .send(&shape.hello(id, self.token, self.answered))?;
+        if !self.answered {
+            return Ok(());
+        }
         self.channel.receive_preface()?;
         let welcome: Welcome = self.channel.receive()?.decode("the destination's answer")?;
         self.their_token = welcome.token;
@@ -163,8 +171,16 @@ impl Link {
         Ok(())
     }
 
+    /// Whether the destination can be heard. If not, [`Link::hand_over`] is how the guest leaves.
+    pub(super) fn is_answered(&self) -> bool {
+        self.answered
+    }
+
     /// Takes a sample of the destination's clock, while nothing else is under way.
     pub(super) fn read_clock(&mut self) -> Result<(), Error> {
+        if !self.answered {
+            return Ok(());
+        }
         let t1 = monotonic_ns();
         self.channel.send(&Ping { t1 })?;
         self.channel.advance()?;
@@ -248,6 +264,10 @@ impl Link {
         packer.clear();
         self.flow.frames_sent += 1;
         self.flow.bytes_sent += tally.bytes;
+        if !self.answered {
+            self.flow.frames_loaded = self.flow.frames_sent;
+            self.flow.bytes_loaded = self.flow.bytes_sent;
+        }
         board.update_ram(|ram| ram.sent(tally, self.flow.bytes_loaded));
         Ok(tally)
     }
@@ -261,6 +281,10 @@ impl Link {
             last,
             checksum,
         })?;
+        if !self.answered {
+            // The rate of a round then is the disk's, and little is left for the stop.
+            return self.channel.sync();
+        }
         let loaded: RoundLoaded = self.receive("the end of a round")?;
         if loaded.round != round || self.flow.frames_loaded != self.flow.frames_sent {
             let problem = format!("round {round} is not loaded");
@@ -346,6 +370,36 @@ impl Link {
         }
     }
 
+    /// Hands the guest over to a stream that nobody answers: its end is the commit. What can fail
+    /// before is done before: everything else is on the disk then.
+    pub(super) fn hand_over(&mut self, state: RunState) -> Committed {
+        let state = state.name().to_owned();
+        match self.channel.try_send(&End { state }) {
+            (Err(error), false) => Committed::No(error),
+            (sent, _) => Committed::Yes(sent),
+        }
+    }
+
+    /// Waits until everything before the end is where it is to be, and sees to it that the end is
+    /// the last message.
+    pub(super) fn prepare_hand_over(&mut self) -> Result<(), Error> {
+        self.channel.fall_silent();
+        self.channel.sync()
+    }
+
+    /// Makes sure that the guest was taken, as far as that can be known without an answer.
+    pub(super) fn finish(&self) -> Result<(), FinishError> {
+        self.channel.finish()
+    }
+
+    /// Takes back what was written. Says whether it is certain that nobody finds a guest there.
+    pub(super) fn take_back(&self) -> bool {
+        self.channel.retract().unwrap_or_else(|error| {
+            tracing::warn!("the guest that was saved can't be removed: {error}");
+            false
+        })
+    }
+
     /// Waits until the destination has the guest. Returns when its first vCPU entered `KVM_RUN`, on
     /// the destination's clock, and what the destination did.
     pub(super) fn wait_running(&mut self) -> Result<(Option<u64>, Vec<SpanRecord>), Error> {
@@ -362,7 +416,9 @@ impl Link {
 
     /// Tells the destination that it won't get the guest.
     pub(super) fn give_up(self, reason: String) {
-        self.channel.give_up(reason, Vec::new());
+        if !self.take_back() {
+            self.channel.give_up(reason, Vec::new());
+        }
     }
 
     /// Receives a message, and the acknowledgements before it.

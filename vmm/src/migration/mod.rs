@@ -13,8 +13,10 @@ mod clock;
 mod commit;
 mod connect;
 mod converge;
+pub mod descriptors;
 mod incoming;
 mod link;
+mod oneway;
 mod outgoing;
 mod precopy;
 mod receiver;
@@ -25,6 +27,7 @@ mod stream;
 mod switchover;
 pub mod uri;
 mod vm;
+mod wire;
 
 #[cfg(test)]
 mod tests;
@@ -38,7 +41,8 @@ use crate::probes::Errno;
 use crate::runstate::{EventSender, RunState};
 use board::Board;
 pub use channel::Patience;
-use connect::Listener;
+use connect::{Listener, Target};
+use descriptors::Descriptors;
 pub use outgoing::Parameters;
 use settings::{Capability, Settings};
 use status::{MigrationStatus, QueryMigrate, Side};
@@ -66,7 +70,7 @@ pub enum Error {
     /// The machine has a guest, or part of one that never arrived.
     #[error("a VM that is {} can't take in a migration: start one with '--incoming'", .0.name())]
     NotIncoming(RunState),
-    /// The address can't be listened on.
+    /// The address can't be listened on, or the client has no such descriptor.
     #[error(transparent)]
     Listen(#[from] connect::Error),
     /// The thread could not be started.
@@ -114,9 +118,11 @@ impl Migrations {
     /// Starts to migrate the guest to `uri`, and returns at once: how it goes on is in
     /// [`Migrations::query`].
     ///
+    /// `fd:` is one of `descriptors`, which it is taken from.
+    ///
     /// # Errors
     /// When it can't even be begun.
-    pub fn start(&self, uri: &str) -> Result<(), Error> {
+    pub fn start(&self, uri: &str, descriptors: &mut Descriptors) -> Result<(), Error> {
         let uri = Uri::outgoing(uri)?;
         match lock(&self.machine).run_state() {
             RunState::Inmigrate => return Err(Error::Inmigrate),
@@ -127,17 +133,19 @@ impl Migrations {
         if !self.board.begin(Side::Source, uri.to_string(), Some(size)) {
             return Err(Error::Busy);
         }
+        let target = Target::new(uri, descriptors)
+            .inspect_err(|error| self.board.fail(status::describe(error)))?;
         let (machine, board) = (Arc::clone(&self.machine), Arc::clone(&self.board));
         let parameters = self.parameters;
-        self.spawn(move || outgoing::run(&machine, &uri, &parameters, &board))
+        self.spawn(move || outgoing::run(&machine, target, &parameters, &board))
     }
 
     /// Listens on `uri` for a migration to take in, and returns at once. `defer` changes nothing:
-    /// the machine goes on waiting for a call with an address.
+    /// the machine goes on waiting for a call with an address. `fd:` is one of `descriptors`.
     ///
     /// # Errors
     /// When the machine is not waiting for a guest, or the address can't be listened on.
-    pub fn incoming(&self, uri: &str) -> Result<(), Error> {
+    pub fn incoming(&self, uri: &str, descriptors: &mut Descriptors) -> Result<(), Error> {
         let Incoming::Listen(uri) = Incoming::parse(uri)? else {
             return Ok(());
         };
@@ -148,8 +156,8 @@ impl Migrations {
         if !self.board.begin(Side::Destination, uri.to_string(), None) {
             return Err(Error::Busy);
         }
-        let listener =
-            Listener::bind(&uri).inspect_err(|error| self.board.fail(status::describe(error)))?;
+        let listener = Listener::bind(&uri, descriptors)
+            .inspect_err(|error| self.board.fail(status::describe(error)))?;
         self.board.set_address(listener.address());
         let (machine, board) = (Arc::clone(&self.machine), Arc::clone(&self.board));
         let patience = self.parameters.patience;

@@ -8,15 +8,15 @@ use super::board::{Board, Cancelled, MODE, Report};
 use super::channel::Patience;
 use super::clock::Clock;
 use super::commit::{Source, SourceEvent};
-use super::connect;
+use super::connect::{self, Target};
 use super::link::{Link, SendError};
+use super::oneway::FinishError;
 use super::precopy;
 use super::status::{MigrationStatus, describe};
 use super::stop::Stop;
 use super::stream;
 use super::stream::header::Shape;
 use super::stream::message::Token;
-use super::uri::Uri;
 use super::vm::SourceVm;
 use crate::control;
 use crate::devices::StateError;
@@ -92,6 +92,9 @@ pub(crate) enum Error {
     /// The machine left the state of a switchover by itself.
     #[error("the VM became {} during the switchover", .0.name())]
     Interrupted(RunState),
+    /// All was sent, but it is not certain that it was taken.
+    #[error(transparent)]
+    Finish(#[from] FinishError),
     /// A person gave up.
     #[error(transparent)]
     Cancelled(#[from] Cancelled),
@@ -126,6 +129,7 @@ impl Errno for Error {
             Error::Stop(source) => source.errno(),
             Error::SaveDevice { source, .. } => source.errno(),
             Error::Interrupted(_) => libc::EINTR,
+            Error::Finish(source) => source.errno(),
             Error::Cancelled(_) => libc::ECANCELED,
             Error::Resume { source, .. } => source.errno(),
         }
@@ -170,8 +174,8 @@ impl Attempt {
     }
 }
 
-/// Migrates the guest to `uri` and writes the outcome to `board`.
-pub(super) fn run(vm: &impl SourceVm, uri: &Uri, parameters: &Parameters, board: &Board) {
+/// Migrates the guest to `target` and writes the outcome to `board`.
+pub(super) fn run(vm: &impl SourceVm, target: Target, parameters: &Parameters, board: &Board) {
     let log = SpanLog::open();
     let secrets = secrets();
     let id = secrets.as_ref().map_or(0, |&(id, _)| id);
@@ -179,10 +183,10 @@ pub(super) fn run(vm: &impl SourceVm, uri: &Uri, parameters: &Parameters, board:
     let mut attempt = Attempt::new(id, &shape);
     let mut clock = Clock::default();
 
-    let text = CString::new(uri.to_string()).unwrap_or_default();
+    let text = CString::new(target.uri.to_string()).unwrap_or_default();
     let mut span = probes::migrate(id, &text, MODE);
     let migrated = secrets.and_then(|(id, token)| {
-        let mut link = migration_connect(uri, id, token, &shape, parameters.patience, board)?;
+        let mut link = migration_connect(target, id, token, &shape, parameters.patience, board)?;
         let migrated = precopy::migration_thread(vm, &mut link, &mut attempt, parameters, board);
         clock = link.clock().clone();
         let concluded = conclude(vm, &mut attempt, migrated);
@@ -213,17 +217,17 @@ pub(super) fn run(vm: &impl SourceVm, uri: &Uri, parameters: &Parameters, board:
 
 /// `[2]` Connects and agrees with the destination on the guest.
 fn migration_connect(
-    uri: &Uri,
+    target: Target,
     id: u64,
     token: Token,
     shape: &Shape,
     patience: Patience,
     board: &Board,
 ) -> Result<Link, Error> {
-    let text = CString::new(uri.to_string()).unwrap_or_default();
+    let text = CString::new(target.uri.to_string()).unwrap_or_default();
     probes::migration_connect(&text).run(|_| {
-        let socket = connect::dial(uri, board)?;
-        Ok(Link::open(socket, id, token, shape, patience)?)
+        let wire = connect::dial(target, board)?;
+        Ok(Link::open(wire, id, token, shape, patience)?)
     })
 }
 

@@ -11,8 +11,8 @@ use super::status::MigrationStatus;
 use super::stream;
 use super::stream::frame::Kind;
 use super::stream::message::{
-    Ack, Commit, Device, End, Hello, Loaded, Ping, Pong, RoundEnd, RoundLoaded, Running, Token,
-    Welcome,
+    Ack, Commit, Device, End, Hello, Loaded, Message, Ping, Pong, RoundEnd, RoundLoaded, Running,
+    Token, Welcome,
 };
 use super::stream::ram::{self, LoadError, Tally};
 use super::vm::TargetVm;
@@ -39,6 +39,8 @@ pub(super) struct Receiver<'a, V> {
     /// The source's, for `loaded`.
     their_token: Token,
     commit: Destination,
+    /// Whether the source hears what this side says.
+    answered: bool,
     id: u64,
     ram: GuestRam,
     /// The round that is being loaded or comes next.
@@ -58,6 +60,7 @@ impl<'a, V: TargetVm> Receiver<'a, V> {
     /// A session on a connection that was just accepted; `token` is its secret.
     pub(super) fn new(vm: &'a V, channel: Channel, token: Token) -> Self {
         Receiver {
+            answered: channel.has_way_back(),
             vm,
             channel,
             token,
@@ -93,7 +96,11 @@ impl<'a, V: TargetVm> Receiver<'a, V> {
         board.set_status(MigrationStatus::Active);
         self.load(board)?;
         let state = self.verify(board)?;
-        let received_ns = self.wait_commit()?;
+        // Without a way back, the end of the stream was the commit.
+        let received_ns = match self.answered {
+            true => self.wait_commit()?,
+            false => monotonic_ns(),
+        };
         self.first_run_ns = self.vm.go_on(state)?;
         self.commit = self.commit.on(DestinationEvent::Commit);
 
@@ -106,7 +113,7 @@ impl<'a, V: TargetVm> Receiver<'a, V> {
             sent_ns,
             spans,
         };
-        if let Err(error) = self.channel.send(&running) {
+        if let Err(error) = self.answer(&running) {
             // The guest is here all the same; it is the source that will not know.
             tracing::warn!("the source was not told that the guest runs: {error}");
         }
@@ -122,7 +129,7 @@ impl<'a, V: TargetVm> Receiver<'a, V> {
             self.commit = self.commit.on(DestinationEvent::Verified);
             board.seal()?;
             let token = self.their_token;
-            self.channel.send(&Loaded { token })?;
+            self.answer(&Loaded { token })?;
             Ok(state)
         })
     }
@@ -133,23 +140,44 @@ impl<'a, V: TargetVm> Receiver<'a, V> {
         if self.commit == Destination::Failed && self.devices_begun > 0 {
             self.vm.spoil();
         }
-        self.channel.give_up(reason, spans);
+        if self.answered {
+            self.channel.give_up(reason, spans);
+        }
     }
 
     /// Learns what the source has, and accepts it.
     fn greet(&mut self) -> Result<(), Error> {
         // A peer of another version must learn of this one's; one that is gone is the better error.
         let theirs = self.channel.receive_preface();
-        let ours = self.channel.send_preface();
-        theirs.and(ours)?;
+        if self.answered {
+            let ours = self.channel.send_preface();
+            theirs.and(ours)?;
+        } else {
+            theirs?;
+        }
         let hello: Hello = self
             .channel
             .receive()?
             .decode("the source's introduction")?;
+        if hello.answered && !self.answered {
+            return Err(Error::NoWayBack);
+        }
+        self.answered = hello.answered;
         self.vm.shape().accepts(&hello)?;
         (self.id, self.their_token) = (hello.id, hello.token);
+        if !self.answered {
+            return Ok(());
+        }
         self.channel.send(&Welcome { token: self.token })?;
         self.channel.keep_alive().map_err(Error::Session)
+    }
+
+    /// Tells the source something, if it hears.
+    fn answer<'m, M: Message<'m>>(&mut self, message: &M) -> Result<(), stream::Error> {
+        match self.answered {
+            true => self.channel.send(message),
+            false => Ok(()),
+        }
     }
 
     /// Loads everything up to `end`, which has arrived when this returns.
@@ -181,7 +209,7 @@ impl<'a, V: TargetVm> Receiver<'a, V> {
 
     fn tell_time(&mut self, t2: u64) -> Result<(), Error> {
         let Ping { t1 } = self.channel.current().decode("a question for the time")?;
-        Ok(self.channel.send(&Pong {
+        Ok(self.answer(&Pong {
             t1,
             t2,
             t3: monotonic_ns(),
@@ -195,7 +223,7 @@ impl<'a, V: TargetVm> Receiver<'a, V> {
             while self.channel.current().kind == Kind::Ram {
                 tally.add(self.load_pages()?);
                 (span.pages, span.bytes) = (tally.pages, tally.bytes);
-                self.channel.send(&Ack {
+                self.answer(&Ack {
                     bytes: self.bytes_loaded,
                 })?;
                 self.channel.advance()?;
@@ -238,7 +266,7 @@ impl<'a, V: TargetVm> Receiver<'a, V> {
         }
         self.round = self.round.wrapping_add(1);
         if !end.last {
-            return Ok(self.channel.send(&RoundLoaded { round: end.round })?);
+            return Ok(self.answer(&RoundLoaded { round: end.round })?);
         }
         self.ram_complete = true;
         match end.checksum {

@@ -40,6 +40,10 @@ pub(super) fn complete(
     ram_final(vm, link, rest, parameters, board)?;
     device_save(vm, link, attempt)?;
     let old = attempt.stop.vm_old_state.unwrap_or(RunState::Paused);
+    if !link.is_answered() {
+        board.release_events();
+        return hand_over(vm, link, attempt, old, board);
+    }
     link.send_end(old)?;
     // It is the destination's turn: there is time to say that the guest is stopped.
     board.release_events();
@@ -140,15 +144,49 @@ fn commit(
         let mut committed = None;
         vm.commit(&mut || committed = Some(link.send_commit()))
             .map_err(Error::Interrupted)?;
-        match committed {
-            Some(Committed::Yes(sent)) => {
-                attempt.commit = attempt.commit.on(SourceEvent::Loaded);
-                sent?;
-            }
-            Some(Committed::No(error)) => return Err(error.into()),
-            None => {}
+        note(committed, attempt)
+    })
+}
+
+/// Notes whether the guest may be the other side's now.
+fn note(committed: Option<Committed>, attempt: &mut Attempt) -> Result<(), Error> {
+    match committed {
+        Some(Committed::Yes(sent)) => {
+            attempt.commit = attempt.commit.on(SourceEvent::Loaded);
+            Ok(sent?)
         }
-        Ok(())
+        Some(Committed::No(error)) => Err(error.into()),
+        None => Ok(()),
+    }
+}
+
+/// Gives the guest up to a stream that nobody answers, and takes it back if it did not get there and
+/// nobody can have found it.
+fn hand_over(
+    vm: &impl SourceVm,
+    link: &mut Link,
+    attempt: &mut Attempt,
+    old: RunState,
+    board: &Board,
+) -> Result<(), Error> {
+    probes::switchover(attempt.id()).run(|_| {
+        link.prepare_hand_over()?;
+        let committed = probes::migration_commit(attempt.id()).run(|_| {
+            board.seal()?;
+            let mut committed = None;
+            vm.commit(&mut || committed = Some(link.hand_over(old)))
+                .map_err(Error::Interrupted)?;
+            note(committed, attempt)
+        });
+        let finished = committed.and_then(|()| Ok(link.finish()?));
+        let event = match finished {
+            Ok(()) => SourceEvent::Running,
+            Err(_) if link.take_back() => SourceEvent::Refused,
+            Err(_) => SourceEvent::Fail,
+        };
+        attempt.commit = attempt.commit.on(event);
+        board.update_ram(|ram| ram.transferred = link.loaded_bytes());
+        finished
     })
 }
 

@@ -8,7 +8,7 @@ use crate::probes::Errno;
 /// The longest path that a unix socket's address can hold on Linux, without its NUL.
 const UNIX_PATH_MAX: usize = 107;
 
-/// An address that a migration can connect to or listen on.
+/// Where a guest can go to or come from.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum Uri {
     /// `tcp:HOST:PORT`, an IPv6 address in brackets. With no host it means every local address,
@@ -21,6 +21,18 @@ pub enum Uri {
     },
     /// `unix:PATH`.
     Unix(PathBuf),
+    /// `fd:NAME`, a descriptor that a client has passed, or for a destination the number of one that
+    /// the process was started with. A socket is a connection; a pipe or a file goes one way.
+    Fd(String),
+    /// `exec:COMMAND`, run by the shell: the guest goes to its input or comes from its output.
+    Exec(String),
+    /// `file:PATH[,offset=N]`.
+    File {
+        /// The file.
+        path: PathBuf,
+        /// Where the guest starts in it, bytes.
+        offset: u64,
+    },
 }
 
 /// What `migrate-incoming` and `--incoming` take: an address, or the wish to be told later.
@@ -34,7 +46,10 @@ pub enum Incoming {
 
 /// A URI that names no transport this monitor has.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("migration URI '{uri}': {problem}; use tcp:HOST:PORT or unix:PATH{}", if *incoming { ", or defer" } else { "" })]
+#[error(
+    "migration URI '{uri}': {problem}; use tcp:HOST:PORT, unix:PATH, fd:NAME, exec:COMMAND or \
+     file:PATH[,offset=N]{}", if *incoming { ", or defer" } else { "" }
+)]
 pub struct Error {
     uri: String,
     problem: Problem,
@@ -67,6 +82,12 @@ enum Problem {
     NoPath,
     #[error("the path is longer than {UNIX_PATH_MAX} bytes")]
     LongPath,
+    #[error("there is no name of a descriptor")]
+    NoName,
+    #[error("there is no command")]
+    NoCommand,
+    #[error("the offset is not a number of bytes, with or without K, M, G or T")]
+    Offset,
     #[error("'defer' is for a destination")]
     Defer,
 }
@@ -118,6 +139,10 @@ impl fmt::Display for Uri {
             Uri::Tcp { host, port } if host.contains(':') => write!(f, "tcp:[{host}]:{port}"),
             Uri::Tcp { host, port } => write!(f, "tcp:{host}:{port}"),
             Uri::Unix(path) => write!(f, "unix:{}", path.display()),
+            Uri::Fd(name) => write!(f, "fd:{name}"),
+            Uri::Exec(command) => write!(f, "exec:{command}"),
+            Uri::File { path, offset: 0 } => write!(f, "file:{}", path.display()),
+            Uri::File { path, offset } => write!(f, "file:{},offset={offset}", path.display()),
         }
     }
 }
@@ -128,8 +153,39 @@ fn parse(text: &str) -> Result<Uri, Problem> {
         Some(("unix", "")) => Err(Problem::NoPath),
         Some(("unix", path)) if path.len() > UNIX_PATH_MAX => Err(Problem::LongPath),
         Some(("unix", path)) => Ok(Uri::Unix(path.into())),
+        Some(("fd", "")) => Err(Problem::NoName),
+        Some(("fd", name)) => Ok(Uri::Fd(name.to_owned())),
+        Some(("exec", command)) if command.trim().is_empty() => Err(Problem::NoCommand),
+        Some(("exec", command)) => Ok(Uri::Exec(command.to_owned())),
+        Some(("file", file)) => self::file(file),
         _ => Err(Problem::Transport),
     }
+}
+
+fn file(text: &str) -> Result<Uri, Problem> {
+    let (path, offset) = match text.split_once(",offset=") {
+        Some((path, offset)) => (path, bytes(offset).ok_or(Problem::Offset)?),
+        None => (text, 0),
+    };
+    match path {
+        "" => Err(Problem::NoPath),
+        path => Ok(Uri::File {
+            path: path.into(),
+            offset,
+        }),
+    }
+}
+
+/// A number of bytes as QEMU writes it.
+fn bytes(text: &str) -> Option<u64> {
+    let (digits, shift) = match text.split_at_checked(text.len().saturating_sub(1))? {
+        (digits, "k" | "K") => (digits, 10),
+        (digits, "M") => (digits, 20),
+        (digits, "G") => (digits, 30),
+        (digits, "T") => (digits, 40),
+        _ => (text, 0),
+    };
+    digits.parse::<u64>().ok()?.checked_mul(1 << shift)
 }
 
 fn tcp(address: &str) -> Result<Uri, Problem> {
@@ -160,6 +216,8 @@ fn tcp(address: &str) -> Result<Uri, Problem> {
 mod tests {
     use super::*;
 
+    const FORMS: &str = "tcp:HOST:PORT, unix:PATH, fd:NAME, exec:COMMAND or file:PATH[,offset=N]";
+
     fn tcp(host: &str, port: u16) -> Uri {
         Uri::Tcp {
             host: host.into(),
@@ -182,6 +240,19 @@ mod tests {
             Uri::outgoing("unix:/run/a:b"),
             Ok(Uri::Unix("/run/a:b".into()))
         );
+        assert_eq!(Uri::outgoing("fd:a"), Ok(Uri::Fd("a".into())));
+        let exec = "exec:gzip -c > /a,b:c";
+        assert_eq!(Uri::outgoing(exec), Ok(Uri::Exec(exec[5..].into())));
+        for (text, offset) in [
+            ("", 0),
+            (",offset=7", 7),
+            (",offset=2k", 2048),
+            (",offset=1G", 1 << 30),
+        ] {
+            let path = "/a,b".into();
+            let file = Ok(Uri::File { path, offset });
+            assert_eq!(Uri::outgoing(&format!("file:/a,b{text}")), file);
+        }
         assert_eq!(Incoming::parse("defer"), Ok(Incoming::Defer));
         assert_eq!(Incoming::parse("tcp::0"), Ok(Incoming::Listen(tcp("", 0))));
     }
@@ -193,6 +264,10 @@ mod tests {
             "tcp:[::1]:4444",
             "tcp:h:1",
             "unix:/run/a",
+            "fd:a",
+            "exec:cat > a",
+            "file:/a",
+            "file:/a,offset=512",
         ] {
             assert_eq!(Uri::outgoing(text).unwrap().to_string(), text);
         }
@@ -214,17 +289,33 @@ mod tests {
             ("tcp:host:0", "port 0 can't be connected to"),
             ("tcp::4444", "there is no host"),
             ("unix:", "there is no path"),
+            ("fd:", "there is no name of a descriptor"),
+            ("exec: ", "there is no command"),
+            ("file:", "there is no path"),
+            ("file:,offset=1", "there is no path"),
+            (
+                "file:a,offset=",
+                "the offset is not a number of bytes, with or without K, M, G or T",
+            ),
+            (
+                "file:a,offset=1x",
+                "the offset is not a number of bytes, with or without K, M, G or T",
+            ),
+            (
+                "file:a,offset=99999999T",
+                "the offset is not a number of bytes, with or without K, M, G or T",
+            ),
             ("defer", "'defer' is for a destination"),
         ];
         for (uri, problem) in cases {
             assert_eq!(
                 Uri::outgoing(uri).unwrap_err().to_string(),
-                format!("migration URI '{uri}': {problem}; use tcp:HOST:PORT or unix:PATH")
+                format!("migration URI '{uri}': {problem}; use {FORMS}")
             );
         }
         let long = format!("unix:{}", "x".repeat(108));
         assert!(Uri::outgoing(&long).is_err());
-        let error = Incoming::parse("exec:cat").unwrap_err().to_string();
-        assert!(error.ends_with("unix:PATH, or defer"), "{error}");
+        let error = Incoming::parse("rdma:host:1").unwrap_err().to_string();
+        assert!(error.ends_with("[,offset=N], or defer"), "{error}");
     }
 }

@@ -7,6 +7,7 @@ use serde_json::{Value, json};
 use super::arguments::Arguments;
 use super::settings;
 use super::wire::{self, Error};
+use crate::migration::descriptors::Descriptors;
 use crate::migration::settings::{Capability, Settings};
 use crate::migration::status::{MigrationStatus, QueryMigrate};
 use crate::runstate::RunState;
@@ -29,17 +30,17 @@ pub trait Backend: Send + Sync {
     /// `decide`'s, or why the VM can't be started or stopped.
     fn change(&self, decide: fn(RunState) -> Result<Change, Error>) -> Result<(), Error>;
 
-    /// Starts an outgoing migration to `uri`, and returns at once.
+    /// Starts an outgoing migration to `uri`, which may be one of `descriptors`, and returns at once.
     ///
     /// # Errors
     /// When it can't be begun.
-    fn migrate(&self, uri: &str) -> Result<(), Error>;
+    fn migrate(&self, uri: &str, descriptors: &mut Descriptors) -> Result<(), Error>;
 
-    /// Listens on `uri` for an incoming migration.
+    /// Listens on `uri`, which may be one of `descriptors`, for an incoming migration.
     ///
     /// # Errors
     /// Why it can't.
-    fn migrate_incoming(&self, uri: &str) -> Result<(), Error>;
+    fn migrate_incoming(&self, uri: &str, descriptors: &mut Descriptors) -> Result<(), Error>;
 
     /// What clients set of migrations.
     fn settings(&self) -> &Settings;
@@ -95,6 +96,8 @@ pub enum Change {
 pub(super) struct Context<'a> {
     /// The monitor.
     pub backend: &'a dyn Backend,
+    /// What the client has passed.
+    pub descriptors: &'a mut Descriptors,
     /// Set by `quit`: the process ends once the answer is on its way.
     pub quit: bool,
 }
@@ -109,7 +112,9 @@ pub(super) struct Verb {
 
 /// Every verb, in alphabetical order.
 pub(super) const VERBS: &[Verb] = &[
+    verb(c"closefd", closefd),
     verb(c"cont", cont),
+    verb(c"getfd", getfd),
     verb(c"migrate", migrate),
     verb(c"migrate-continue", settings::migrate_continue),
     verb(c"migrate-incoming", migrate_incoming),
@@ -240,6 +245,20 @@ fn cont(context: &mut Context<'_>, arguments: Arguments) -> Answer {
     done()
 }
 
+fn getfd(context: &mut Context<'_>, mut arguments: Arguments) -> Answer {
+    let name = arguments.string("fdname")?;
+    arguments.finish()?;
+    context.descriptors.name(name)?;
+    done()
+}
+
+fn closefd(context: &mut Context<'_>, mut arguments: Arguments) -> Answer {
+    let name = arguments.string("fdname")?;
+    arguments.finish()?;
+    context.descriptors.close(&name)?;
+    done()
+}
+
 fn quit(context: &mut Context<'_>, arguments: Arguments) -> Answer {
     arguments.finish()?;
     context.quit = true;
@@ -270,14 +289,16 @@ fn migrate(context: &mut Context<'_>, mut arguments: Arguments) -> Answer {
             "Cannot resume if there is no paused migration",
         ));
     }
-    context.backend.migrate(&uri)?;
+    context.backend.migrate(&uri, context.descriptors)?;
     done()
 }
 
 fn migrate_incoming(context: &mut Context<'_>, mut arguments: Arguments) -> Answer {
     let uri = arguments.string("uri")?;
     arguments.finish()?;
-    context.backend.migrate_incoming(&uri)?;
+    context
+        .backend
+        .migrate_incoming(&uri, context.descriptors)?;
     done()
 }
 

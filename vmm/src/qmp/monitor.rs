@@ -8,6 +8,7 @@ use super::wire::Error;
 use crate::control::{system_reset, vm_start, vm_stop};
 use crate::machine::{Machine, SharedMachine};
 use crate::migration::Migrations;
+use crate::migration::descriptors::Descriptors;
 use crate::migration::settings::{Capability, Settings};
 use crate::migration::status::{MigrationStatus, QueryMigrate};
 use crate::runstate::{Request, RunState};
@@ -50,12 +51,12 @@ impl Backend for Monitor {
         Ok(())
     }
 
-    fn migrate(&self, uri: &str) -> Result<(), Error> {
-        Ok(self.migrations.start(uri)?)
+    fn migrate(&self, uri: &str, descriptors: &mut Descriptors) -> Result<(), Error> {
+        Ok(self.migrations.start(uri, descriptors)?)
     }
 
-    fn migrate_incoming(&self, uri: &str) -> Result<(), Error> {
-        Ok(self.migrations.incoming(uri)?)
+    fn migrate_incoming(&self, uri: &str, descriptors: &mut Descriptors) -> Result<(), Error> {
+        Ok(self.migrations.incoming(uri, descriptors)?)
     }
 
     fn settings(&self) -> &Settings {

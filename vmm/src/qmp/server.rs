@@ -1,6 +1,7 @@
 //! The listener, and two threads for each client: one reads and answers, one writes.
 
-use std::io::{self, Read, Write};
+use std::io::{self, IoSliceMut, Write};
+use std::mem::MaybeUninit;
 use std::os::fd::AsRawFd;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::Arc;
@@ -8,6 +9,7 @@ use std::sync::mpsc::{self, Receiver};
 use std::thread::{self, JoinHandle};
 
 use nix::sys::socket::{Shutdown, shutdown};
+use rustix::net::{RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, recvmsg};
 
 use super::address::Address;
 use super::commands::Backend;
@@ -19,6 +21,10 @@ use crate::socket::{self, SocketFile};
 
 /// Clients that may be connected at once; a further one is turned away.
 pub(super) const MAX_CLIENTS: usize = 32;
+
+/// Descriptors that are taken from one message, of which only the last can be named; the kernel closes
+/// any more.
+const MAX_PASSED: usize = 16;
 
 /// The server can't start.
 #[derive(Debug, thiserror::Error)]
@@ -150,7 +156,7 @@ fn serve(id: ClientId, stream: UnixStream, backend: &dyn Backend, hub: &Hub) -> 
     let (mut framer, mut session) = (Framer::default(), Session::default());
     let mut bytes = [0; 4096];
     loop {
-        let count = (&stream).read(&mut bytes)?;
+        let count = receive(&stream, &mut bytes, &mut session)?;
         if count == 0 {
             return Ok(());
         }
@@ -164,6 +170,26 @@ fn serve(id: ClientId, stream: UnixStream, backend: &dyn Backend, hub: &Hub) -> 
             }
         }
     }
+}
+
+/// Reads what the client sent, and hands the descriptors that came with it to `session`.
+fn receive(stream: &UnixStream, bytes: &mut [u8], session: &mut Session) -> io::Result<usize> {
+    let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(MAX_PASSED))];
+    let mut passed = RecvAncillaryBuffer::new(&mut space);
+    let flags = RecvFlags::CMSG_CLOEXEC;
+    let mut parts = [IoSliceMut::new(bytes)];
+    let received = loop {
+        match recvmsg(stream, &mut parts, &mut passed, flags) {
+            Err(rustix::io::Errno::INTR) => {}
+            received => break received?,
+        }
+    };
+    for message in passed.drain() {
+        if let RecvAncillaryMessage::ScmRights(fds) = message {
+            fds.for_each(|fd| session.pass(fd));
+        }
+    }
+    Ok(received.bytes)
 }
 
 /// Writes what the hub queues until it ends the queue or the client is gone.

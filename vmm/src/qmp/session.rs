@@ -1,17 +1,21 @@
 //! One client's dialogue: negotiation first, then commands.
 
+use std::os::fd::OwnedFd;
+
 use serde_json::Value;
 
 use super::arguments::Arguments;
 use super::commands::{self, Backend, Context, QMP_CAPABILITIES};
 use super::json;
 use super::wire::{self, Command, Error};
+use crate::migration::descriptors::Descriptors;
 use crate::probes::{self, Guarded};
 
 /// What a client has agreed on so far.
 #[derive(Debug, Default)]
 pub(super) struct Session {
     negotiated: bool,
+    descriptors: Descriptors,
 }
 
 /// What is to be done about a message.
@@ -26,17 +30,24 @@ pub(super) struct Reply {
 }
 
 impl Session {
+    /// A descriptor came with the client's bytes.
+    pub(super) fn pass(&mut self, fd: OwnedFd) {
+        self.descriptors.pass(fd);
+    }
+
     /// Answers one message.
     pub(super) fn answer(
         &mut self,
         backend: &dyn Backend,
         message: Result<Value, json::Error>,
     ) -> Reply {
+        let before = self.negotiated;
+        let mut descriptors = std::mem::take(&mut self.descriptors);
         let mut context = Context {
             backend,
+            descriptors: &mut descriptors,
             quit: false,
         };
-        let before = self.negotiated;
         let (id, result) = match message {
             Ok(message) => {
                 let (id, command) = wire::parse(message);
@@ -45,10 +56,12 @@ impl Session {
             }
             Err(error) => (None, Err(error.into())),
         };
+        let quit = context.quit;
+        self.descriptors = descriptors;
         Reply {
             line: wire::answer(id, result),
             joined: self.negotiated && !before,
-            quit: context.quit,
+            quit,
         }
     }
 

@@ -1,11 +1,14 @@
 //! The server over a real socket, with a monitor that has no VM behind it.
 
-use std::io::{BufRead, BufReader, Read, Write};
+use std::io::{BufRead, BufReader, IoSlice, Read, Write};
+use std::mem::MaybeUninit;
+use std::os::fd::AsFd;
 use std::os::unix::net::UnixStream;
 use std::sync::mpsc::{self, Receiver, Sender};
 use std::sync::{Arc, Mutex};
 use std::time::Duration;
 
+use rustix::net::{SendAncillaryBuffer, SendAncillaryMessage, SendFlags, sendmsg};
 use serde_json::{Value, json};
 use tempfile::TempDir;
 
@@ -16,6 +19,7 @@ use super::commands::VERBS;
 use super::hub::BACKLOG;
 use super::server::MAX_CLIENTS;
 use super::*;
+use crate::migration::descriptors::Descriptors;
 use crate::migration::settings::{Capability, Settings};
 use crate::migration::status::{MigrationStatus, QueryMigrate};
 use crate::runstate::{Event, EventSender, RunState};
@@ -75,12 +79,15 @@ impl Backend for Fake {
         Ok(())
     }
 
-    fn migrate(&self, uri: &str) -> Result<(), Error> {
+    fn migrate(&self, uri: &str, descriptors: &mut Descriptors) -> Result<(), Error> {
+        if let Some(name) = uri.strip_prefix("fd:") {
+            descriptors.take(name)?;
+        }
         self.call(&format!("migrate {uri}"));
         Ok(())
     }
 
-    fn migrate_incoming(&self, uri: &str) -> Result<(), Error> {
+    fn migrate_incoming(&self, uri: &str, _: &mut Descriptors) -> Result<(), Error> {
         self.call(&format!("migrate-incoming {uri}"));
         Ok(())
     }
@@ -169,6 +176,16 @@ impl Client {
         self.0.get_mut().write_all(text.as_bytes()).unwrap();
     }
 
+    /// Sends `text` with a descriptor.
+    fn pass(&mut self, text: &str, fd: &impl AsFd) {
+        let fds = [fd.as_fd()];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut passed = SendAncillaryBuffer::new(&mut space);
+        assert!(passed.push(SendAncillaryMessage::ScmRights(&fds)));
+        let parts = [IoSlice::new(text.as_bytes())];
+        sendmsg(self.0.get_ref(), &parts, &mut passed, SendFlags::empty()).unwrap();
+    }
+
     fn line(&mut self) -> String {
         let mut line = String::new();
         self.0.read_line(&mut line).unwrap();
@@ -238,13 +255,39 @@ fn every_verb_refuses_an_argument_that_it_does_not_have() {
             continue;
         }
         // What some verb must have is there, and too much for all others.
-        let arguments = json!({ "uri": "x", "state": "active", "capabilities": [], "zz": 1 });
+        let arguments = json!({
+            "uri": "x", "state": "active", "capabilities": [], "fdname": "x", "zz": 1
+        });
         let request = json!({ "execute": verb["name"], "arguments": arguments });
         let answer = client.ask(&request.to_string());
         let expected = answer["error"]["desc"].as_str().unwrap_or_default();
         assert!(expected.ends_with("is unexpected"), "{verb}: {answer}");
     }
     assert!(bench.calls.try_recv().is_err(), "a verb ran all the same");
+}
+
+#[test]
+fn a_descriptor_is_the_clients_that_passed_it() {
+    let bench = Bench::start(RunState::Running);
+    let (mut first, mut second) = (bench.join(), bench.join());
+    let getfd = r#"{"execute":"getfd","arguments":{"fdname":"way"}}"#;
+    let migrate = r#"{"execute":"migrate","arguments":{"uri":"fd:way"}}"#;
+    let none = "File descriptor named 'way' has not been found";
+    let pipe = std::io::pipe().unwrap();
+    first.pass(getfd, &pipe.1);
+    assert_eq!(first.read()["return"], json!({}));
+    assert_eq!(second.ask(migrate)["error"]["desc"], none);
+    assert_eq!(first.ask(migrate)["return"], json!({}));
+    assert_eq!(bench.calls.recv().unwrap(), "migrate fd:way");
+    assert_eq!(first.ask(migrate)["error"]["desc"], none);
+
+    first.pass(getfd, &pipe.1);
+    assert_eq!(first.read()["return"], json!({}));
+    drop((pipe.1, first));
+    let mut rest = Vec::new();
+    let mut reader = pipe.0;
+    // Every end for writing is closed: the one that was taken, and the one that its client left.
+    assert_eq!(reader.read_to_end(&mut rest).unwrap(), 0);
 }
 
 #[test]

@@ -62,6 +62,9 @@ pub enum Error {
     /// A parameter of migrations out of its range.
     #[error(transparent)]
     Range(#[from] migration::settings::OutOfRange),
+    /// A descriptor that a client has not passed, or that can't be named.
+    #[error(transparent)]
+    Descriptor(#[from] migration::descriptors::Error),
     /// What was asked for can't be done in the state that the VM is in.
     #[error("{0}")]
     State(&'static str),
@@ -106,6 +109,7 @@ impl Errno for Error {
             Error::Negotiate | Error::Negotiated | Error::State(_) => libc::EBUSY,
             Error::Control(error) => error.errno(),
             Error::Migration(error) => error.errno(),
+            Error::Descriptor(error) => error.errno(),
             _ => libc::EINVAL,
         }
     }

@@ -4,7 +4,7 @@ use std::borrow::Cow;
 use std::io::Read;
 use std::sync::Arc;
 
-use socket2::{Domain, Type};
+use socket2::{Domain, Socket, Type};
 
 use super::super::clock::Sample;
 use super::*;
@@ -45,14 +45,14 @@ fn one_migration_at_a_time() {
 fn a_cancel_wakes_the_thread_and_stays_visible() {
     let board = begun();
     let (mut here, there) = Socket::pair(Domain::UNIX, Type::STREAM, None).unwrap();
-    board.attach(here.try_clone().unwrap()).unwrap();
+    board.attach(here.try_clone().unwrap().into()).unwrap();
     board.cancel();
     assert_eq!(here.read(&mut [0]).unwrap(), 0);
     drop(there);
     board.set_status(MigrationStatus::Device);
     assert_eq!(board.query().status, Some(MigrationStatus::Cancelling));
     assert_eq!(board.seal(), Err(Cancelled));
-    assert_eq!(board.attach(here), Err(Cancelled));
+    assert_eq!(board.attach(here.into()), Err(Cancelled));
 }
 
 #[test]
@@ -68,7 +68,7 @@ fn past_the_point_of_no_return_nobody_cancels() {
 fn past_the_point_of_no_return_an_end_of_the_process_still_wakes_the_thread() {
     let board = begun();
     let (mut here, _there) = Socket::pair(Domain::UNIX, Type::STREAM, None).unwrap();
-    board.attach(here.try_clone().unwrap()).unwrap();
+    board.attach(here.try_clone().unwrap().into()).unwrap();
     board.seal().unwrap();
     board.abandon();
     assert!(!board.is_cancelled());

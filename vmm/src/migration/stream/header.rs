@@ -42,7 +42,7 @@ impl Shape {
     }
 
     /// The source's introduction.
-    pub(crate) fn hello(&self, id: u64, token: Token) -> Hello {
+    pub(crate) fn hello(&self, id: u64, token: Token, answered: bool) -> Hello {
         let Shape {
             arch,
             ram,
@@ -52,6 +52,7 @@ impl Shape {
         Hello {
             id,
             token,
+            answered,
             arch,
             page_size: PAGE_SIZE,
             ram,
@@ -65,7 +66,7 @@ impl Shape {
     /// # Errors
     /// Names the first difference.
     pub(crate) fn accepts(&self, hello: &Hello) -> Result<(), Mismatch> {
-        let ours = self.hello(hello.id, hello.token);
+        let ours = self.hello(hello.id, hello.token, hello.answered);
         let same = |what, here: String, there: String| {
             if here == there {
                 Ok(())
@@ -118,7 +119,7 @@ mod tests {
 
     #[test]
     fn equal_shapes_agree() {
-        assert_eq!(shape().accepts(&shape().hello(1, [0; 16])), Ok(()));
+        assert_eq!(shape().accepts(&shape().hello(1, [0; 16], true)), Ok(()));
     }
 
     #[test]
@@ -144,7 +145,7 @@ mod tests {
             ),
         ];
         for (change, text) in cases {
-            let mut hello = shape().hello(1, [0; 16]);
+            let mut hello = shape().hello(1, [0; 16], false);
             change(&mut hello);
             let error = shape().accepts(&hello).unwrap_err().to_string();
             assert!(error.ends_with(text), "{error}");

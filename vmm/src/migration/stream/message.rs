@@ -33,6 +33,9 @@ messages! {
         id: u64,
         /// Comes back in [`Loaded`].
         token: Token,
+        /// Whether the source hears what the destination says. If it does not, the destination says
+        /// nothing, and [`End`] hands the guest over.
+        answered: bool,
         /// The guest's architecture.
         arch: String,
         /// Bytes of a page.
@@ -84,7 +87,7 @@ messages! {
         /// The round.
         round: u32,
     }
-    /// Everything was sent.
+    /// Everything was sent. The last message of a stream that is not answered.
     End {
         /// The run state to go on in: QEMU's name of what the source was before the stop.
         state: String,

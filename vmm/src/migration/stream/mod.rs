@@ -38,6 +38,9 @@
 //!                  ◀───────────────────────    running
 //! ```
 //!
+//! A stream that goes one way, to a file for example, is the left column without the pings and
+//! without `commit`: `end` is the last message, and hands the guest over.
+//!
 //! In place of any message either side may send `failure`, its last, with the reason. Between any two
 //! messages after `welcome` either side sends `alive` every few seconds, so that one that is silent
 //! is one that is dead or cut off, and not one that reads all of its RAM for a checksum.

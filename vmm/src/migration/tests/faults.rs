@@ -162,7 +162,7 @@ fn received(bytes: &[u8]) -> String {
     let bench = Bench::new();
     let uri = bench.uri("there");
     bench.target.begin(Side::Destination, uri.to_string(), None);
-    let listener = Listener::bind(&uri).unwrap();
+    let listener = Listener::bind(&uri, &mut Descriptors::default()).unwrap();
     let Uri::Unix(path) = &uri else { panic!() };
     let mut peer = UnixStream::connect(path).unwrap();
     peer.write_all(bytes).unwrap();
@@ -184,21 +184,21 @@ fn a_foreign_stream_is_refused_with_what_it_is() {
         error.starts_with("the peer does not speak this monitor's migration protocol"),
         "{error}"
     );
-    let error = received(b"BLKOUT\x03\x00");
+    let error = received(b"BLKOUT\x02\x00");
     assert_eq!(
         error,
-        "the peer speaks version 3 of the migration stream, this monitor 2"
+        "the peer speaks version 2 of the migration stream, this monitor 3"
     );
     assert_eq!(
         received(b""),
         "the migration stream ends at byte 0, inside its first 8 bytes"
     );
-    let error = received(b"BLKOUT\x02\x00");
+    let error = received(b"BLKOUT\x03\x00");
     assert_eq!(
         error,
         "the migration stream ends at byte 8, where a message should start"
     );
-    let garbage = [b"BLKOUT\x02\x00".as_slice(), &[0xa5; 100]].concat();
+    let garbage = [b"BLKOUT\x03\x00".as_slice(), &[0xa5; 100]].concat();
     let error = received(&garbage);
     assert!(
         error.contains("corrupt in the frame at byte 8: its checksum"),

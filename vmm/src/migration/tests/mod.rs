@@ -1,6 +1,7 @@
 //! The whole protocol without KVM: two made-up VMs, a real connection, and whatever can break it.
 
 mod faults;
+mod oneway;
 mod outcomes;
 
 use std::ffi::CString;
@@ -13,7 +14,8 @@ use tempfile::TempDir;
 
 use super::board::Board;
 use super::channel::Patience;
-use super::connect::Listener;
+use super::connect::{Listener, Target};
+use super::descriptors::Descriptors;
 use super::status::{MigrationStatus, QueryMigrate, Side, Span};
 use super::stop::Stop;
 use super::stream::header::Shape;
@@ -286,7 +288,7 @@ impl Bench {
             self.target
                 .begin(Side::Destination, there.to_string(), None)
         );
-        let listener = Listener::bind(&there).unwrap();
+        let listener = Listener::bind(&there, &mut Descriptors::default()).unwrap();
         let (vm, board, text) = (target.clone(), Arc::clone(&self.target), there.to_string());
         let patience = parameters.patience;
         let thread = thread::spawn(move || incoming::run(&vm, listener, &text, patience, &board));
@@ -297,7 +299,8 @@ impl Bench {
             self.source
                 .begin(Side::Source, uri.to_string(), Some(total))
         );
-        outgoing::run(source, &uri, &parameters, &self.source);
+        let target_of_it = Target::new(uri, &mut Descriptors::default()).unwrap();
+        outgoing::run(source, target_of_it, &parameters, &self.source);
         thread.join().unwrap();
         Outcome {
             source: self.source.query(),

@@ -221,7 +221,8 @@ fn nobody_listens() {
     let source = Fake::source();
     let uri = bench.uri("nobody");
     bench.source.begin(Side::Source, uri.to_string(), None);
-    outgoing::run(&source, &uri, &Parameters::default(), &bench.source);
+    let nowhere = Target::new(uri.clone(), &mut Descriptors::default()).unwrap();
+    outgoing::run(&source, nowhere, &Parameters::default(), &bench.source);
     let answer = bench.source.query();
     assert_eq!(answer.status, Some(MigrationStatus::Failed));
     let error = format!("connecting to {uri}: No such file or directory (os error 2)");
@@ -243,7 +244,7 @@ fn a_destination_that_waits_can_be_cancelled() {
             unix
         };
         bench.target.begin(Side::Destination, uri.to_string(), None);
-        let listener = Listener::bind(&uri).unwrap();
+        let listener = Listener::bind(&uri, &mut Descriptors::default()).unwrap();
         let (vm, board) = (Fake::target(), Arc::clone(&bench.target));
         let thread = thread::spawn(move || {
             incoming::run(&vm, listener, "here", Patience::default(), &board)

@@ -1,0 +1,201 @@
+//! What a stream goes over: a connection that goes both ways, or something that goes one way.
+
+use std::io::{self, Read, Write};
+use std::net::Shutdown;
+use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use socket2::Socket;
+
+use super::oneway::OneWay;
+
+/// The bytes' way. Clones are the same way: one thread may read while another one writes.
+#[derive(Clone, Debug)]
+pub(super) enum Wire {
+    /// A connected socket, or one that listens and is here to be interrupted.
+    Socket(Arc<Socket>),
+    /// A pipe, a file, or one end of a command.
+    OneWay(Arc<OneWay>),
+}
+
+impl From<Socket> for Wire {
+    fn from(socket: Socket) -> Self {
+        Wire::Socket(Arc::new(socket))
+    }
+}
+
+impl From<OneWay> for Wire {
+    fn from(way: OneWay) -> Self {
+        Wire::OneWay(Arc::new(way))
+    }
+}
+
+impl Wire {
+    /// The pipe or file, if there is no way back.
+    pub(super) fn one_way(&self) -> Option<&OneWay> {
+        match self {
+            Wire::OneWay(way) => Some(way),
+            Wire::Socket(_) => None,
+        }
+    }
+
+    /// Sets how long a read waits, and a write of which the other side takes nothing. Who reads from
+    /// something that goes one way waits for as long as it is open: nobody waits for an answer.
+    pub(super) fn set_patience(&self, silence: Duration) -> io::Result<()> {
+        match self {
+            Wire::Socket(socket) => {
+                socket.set_read_timeout(Some(silence))?;
+                socket.set_write_timeout(Some(silence))
+            }
+            Wire::OneWay(way) => {
+                way.set_patience(silence);
+                Ok(())
+            }
+        }
+    }
+
+    /// Whether the other side has closed the connection, or it broke, whatever is left to read.
+    /// Does not wait.
+    pub(super) fn is_broken(&self) -> bool {
+        let gone = PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR;
+        match self {
+            Wire::Socket(socket) => is(socket, PollFlags::RDHUP, gone),
+            // The next write finds out; nobody is there who could have said why.
+            Wire::OneWay(_) => false,
+        }
+    }
+
+    /// Whether a short message can be written without waiting, and may be at any time: a file is to
+    /// hold the guest and nothing else.
+    pub(super) fn has_room(&self) -> bool {
+        match self {
+            Wire::Socket(socket) => is(socket, PollFlags::OUT, PollFlags::OUT),
+            Wire::OneWay(way) => way.has_room(),
+        }
+    }
+
+    /// Wakes whoever reads or writes, with an error, for good.
+    pub(super) fn interrupt(&self) {
+        match self {
+            // It fails on a connection that has broken already, which wakes the thread as well.
+            Wire::Socket(socket) => drop(socket.shutdown(Shutdown::Both)),
+            Wire::OneWay(way) => way.interrupt(),
+        }
+    }
+
+    /// Ends this side's direction and reads what the other side still has to say, for no longer than
+    /// `limit`: a connection that is closed with unread bytes is reset, and the reset may overtake
+    /// what was sent last.
+    pub(super) fn linger(&self, limit: Duration) {
+        let Wire::Socket(socket) = self else { return };
+        let _ = socket.shutdown(Shutdown::Write);
+        let until = Instant::now() + limit;
+        let mut rest = [0; 16 << 10];
+        loop {
+            let left = until.saturating_duration_since(Instant::now());
+            if left.is_zero() || socket.set_read_timeout(Some(left)).is_err() {
+                return;
+            }
+            if !(&**socket).read(&mut rest).is_ok_and(|read| read > 0) {
+                return;
+            }
+        }
+    }
+}
+
+impl Read for Wire {
+    fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
+        match self {
+            Wire::Socket(socket) => (&**socket).read(bytes),
+            Wire::OneWay(way) => way.read(bytes),
+        }
+    }
+}
+
+impl Write for Wire {
+    fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+        match self {
+            Wire::Socket(socket) => write_patiently(socket, bytes),
+            Wire::OneWay(way) => way.write(bytes),
+        }
+    }
+
+    fn flush(&mut self) -> io::Result<()> {
+        Ok(())
+    }
+}
+
+/// What the other side does not read may wait, as long as more and more comes from there.
+fn write_patiently(mut socket: &Socket, bytes: &[u8]) -> io::Result<usize> {
+    let mut heard = 0;
+    loop {
+        match socket.write(bytes) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                let unread = rustix::io::ioctl_fionread(socket)?;
+                if unread <= heard {
+                    return Err(error);
+                }
+                heard = unread;
+            }
+            written => return written,
+        }
+    }
+}
+
+/// Whether one of `wanted` holds of the socket now, when it is asked for `asked`.
+fn is(socket: &Socket, asked: PollFlags, wanted: PollFlags) -> bool {
+    let mut fds = [PollFd::new(socket, asked)];
+    let now = Timespec {
+        tv_sec: 0,
+        tv_nsec: 0,
+    };
+    poll(&mut fds, Some(&now)).is_ok() && fds.iter().any(|fd| fd.revents().intersects(wanted))
+}
+
+#[cfg(test)]
+mod tests {
+    use std::thread;
+
+    use socket2::{Domain, Type};
+
+    use super::*;
+
+    /// Writes more than a socket takes, while the other side says `alive` so often, ms, and reads
+    /// nothing for a while.
+    fn write_to_busy(alive: u64) -> io::Result<usize> {
+        let (here, there) = Socket::pair(Domain::UNIX, Type::STREAM, None).unwrap();
+        let mut writer = Wire::from(here);
+        writer.set_patience(Duration::from_millis(100)).unwrap();
+        let busy = thread::spawn(move || {
+            let until = Instant::now() + Duration::from_millis(600);
+            while Instant::now() < until {
+                thread::sleep(Duration::from_millis(alive));
+                (&there).write_all(&[0]).unwrap_or_default();
+            }
+            io::copy(&mut &there, &mut io::sink())
+        });
+        let bytes = vec![0; 4 << 20];
+        let mut written = 0;
+        let result = loop {
+            match bytes.get(written..) {
+                None | Some([]) => break Ok(written),
+                Some(rest) => match writer.write(rest) {
+                    Ok(more) => written += more,
+                    Err(error) => break Err(error),
+                },
+            }
+        };
+        drop(writer);
+        // Its copy ends with an error when this side leaves something unread.
+        let _ = busy.join().unwrap();
+        result
+    }
+
+    #[test]
+    fn who_does_not_read_but_speaks_is_waited_for() {
+        assert_eq!(write_to_busy(20).unwrap(), 4 << 20);
+        let error = write_to_busy(400).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
+    }
+}
