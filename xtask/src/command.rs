@@ -42,9 +42,21 @@ pub(crate) fn output(command: &mut Command) -> Result<String> {
 pub(crate) fn stream(
     command: &mut Command,
     timeout: Duration,
-    mut line: impl FnMut(&str),
+    line: impl FnMut(&str),
 ) -> Result<Option<ExitStatus>> {
     let started = Instant::now();
+    stream_until(command, || started.elapsed() >= timeout, line)
+}
+
+/// How often [`stream_until`] asks whether it shall go on.
+const POLL: Duration = Duration::from_secs(1);
+
+/// Like [`stream`], until `give_up` says so, which is asked about once a second.
+pub(crate) fn stream_until(
+    command: &mut Command,
+    mut give_up: impl FnMut() -> bool,
+    mut line: impl FnMut(&str),
+) -> Result<Option<ExitStatus>> {
     let mut child = Killed(
         command
             .stdin(Stdio::null())
@@ -73,19 +85,22 @@ pub(crate) fn stream(
             }
         }
     });
+    let mut asked = Instant::now();
     loop {
-        match lines.recv_timeout(timeout.saturating_sub(started.elapsed())) {
+        match lines.recv_timeout(POLL) {
             Ok(text) => line(&text),
             Err(RecvTimeoutError::Disconnected) => break,
-            Err(RecvTimeoutError::Timeout) => {
+            Err(RecvTimeoutError::Timeout) => {}
+        }
+        // A program that never stops talking must not keep itself alive by it.
+        if asked.elapsed() >= POLL {
+            if give_up() {
                 drop(child);
                 // What was begun but not ended by a newline tells where it hung.
-                lines
-                    .recv_timeout(Duration::from_secs(1))
-                    .iter()
-                    .for_each(|text| line(text));
+                lines.recv_timeout(POLL).iter().for_each(|text| line(text));
                 return Ok(None);
             }
+            asked = Instant::now();
         }
     }
     let status = child

@@ -1,6 +1,7 @@
 //! `cargo xtask testbed`: a shell, or one command, on an emulated machine with KVM: arm64 with an
 //! ITS, or x86-64.
 
+mod heartbeat;
 mod machine;
 
 use std::io::{self, Write};

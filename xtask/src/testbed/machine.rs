@@ -17,6 +17,8 @@ use anyhow::{Context, Result, bail};
 use crate::kernel::{Arch, Kernel};
 use crate::{artifacts::Artifacts, command, initramfs::Initramfs, paths};
 
+use super::heartbeat::Heartbeat;
+
 /// What the testbed's clock counts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Mode {
@@ -48,6 +50,13 @@ pub(crate) struct Finished {
     pub(crate) status: i32,
     /// From the start of QEMU to its end.
     pub(crate) elapsed: Duration,
+}
+
+/// How a run ended.
+enum Ended {
+    Finished(Finished),
+    /// An emulated CPU hung.
+    Hung,
 }
 
 impl Testbed {
@@ -157,13 +166,15 @@ impl Testbed {
         timeout: Duration,
         mut line: impl FnMut(&str),
     ) -> Result<Finished> {
-        let first = self.boot(program, timeout, &mut line);
-        if first.is_err() && self.has_hung() {
-            // Once in a while an emulated CPU stops taking interrupts, whatever it runs.
-            line(STARTED_AGAIN);
-            return self.boot(program, timeout, &mut line);
+        // Once in a while an emulated CPU stops taking interrupts, whatever it runs.
+        if let Ended::Finished(finished) = self.boot(program, timeout, &mut line)? {
+            return Ok(finished);
         }
-        first
+        line(STARTED_AGAIN);
+        match self.boot(program, timeout, &mut line)? {
+            Ended::Finished(finished) => Ok(finished),
+            Ended::Hung => bail!("an emulated CPU hung, twice\n{}", self.kernel_log()),
+        }
     }
 
     fn boot(
@@ -171,20 +182,25 @@ impl Testbed {
         program: &[&str],
         timeout: Duration,
         line: impl FnMut(&str),
-    ) -> Result<Finished> {
+    ) -> Result<Ended> {
         self.prepare(program, false)?;
         let started = Instant::now();
         let mut qemu = self.qemu_command();
         qemu.args(["-chardev", "file,id=output,path=/dev/stdout"])
             .args(["-device", "virtserialport,chardev=output,nr=1"]);
-        let Some(exit) = command::stream(&mut qemu, timeout, line)? else {
-            let seconds = timeout.as_secs();
-            bail!(
-                "the testbed did not finish within {seconds} s\n{}",
-                self.kernel_log()
-            );
+        let mut heartbeat = Heartbeat::of(self.heartbeat_file());
+        // Where instructions are counted, a heart would be counted, too.
+        let mut hung = || self.mode == Mode::Function && heartbeat.stands_still();
+        let give_up = || started.elapsed() >= timeout || hung();
+        let exit = command::stream_until(&mut qemu, give_up, line)?;
+        if hung() || self.kernel_found_it_hung() {
+            return Ok(Ended::Hung);
+        }
+        let Some(exit) = exit else {
+            let (seconds, log) = (timeout.as_secs(), self.kernel_log());
+            bail!("the testbed did not finish within {seconds} s\n{log}");
         };
-        self.finished(exit, started)
+        self.finished(exit, started).map(Ended::Finished)
     }
 
     /// Boots with the terminal attached to a shell, or to `program` if it is not empty.
@@ -219,7 +235,7 @@ impl Testbed {
         }
         fs::create_dir_all(&results)
             .with_context(|| format!("cannot create {}", results.display()))?;
-        for stale in [self.status_file(), self.log_file()] {
+        for stale in [self.status_file(), self.log_file(), self.heartbeat_file()] {
             fs::write(&stale, "").with_context(|| format!("cannot write {}", stale.display()))?;
         }
 
@@ -246,6 +262,9 @@ impl Testbed {
         initramfs.file("/etc/command", self.shell_command(program).as_bytes())?;
         if interactive {
             initramfs.file("/etc/interactive", b"")?;
+        }
+        if self.mode == Mode::Function {
+            initramfs.file("/etc/heartbeat", b"")?;
         }
         initramfs.finish()
     }
@@ -306,6 +325,12 @@ impl Testbed {
                 option(&self.status_file())
             ))
             .args(["-device", "virtserialport,chardev=status,nr=2"])
+            .arg("-chardev")
+            .arg(format!(
+                "file,id=heartbeat,path={}",
+                option(&self.heartbeat_file())
+            ))
+            .args(["-device", "virtserialport,chardev=heartbeat,nr=3"])
             .arg("-virtfs")
             .arg(format!(
                 "local,path={},mount_tag=share,security_model=none",
@@ -336,7 +361,7 @@ impl Testbed {
     }
 
     /// Whether the kernel found that one of its CPUs does not answer; it panics then.
-    fn has_hung(&self) -> bool {
+    fn kernel_found_it_hung(&self) -> bool {
         let log = fs::read(self.log_file()).unwrap_or_default();
         String::from_utf8_lossy(&log).contains("hard LOCKUP")
     }
@@ -355,6 +380,10 @@ impl Testbed {
 
     fn status_file(&self) -> PathBuf {
         self.folder.join("status")
+    }
+
+    fn heartbeat_file(&self) -> PathBuf {
+        self.folder.join("heartbeat")
     }
 
     fn log_file(&self) -> PathBuf {
