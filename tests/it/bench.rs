@@ -9,6 +9,8 @@ use anyhow::{Context, Result, ensure};
 use harness::{programs, skip};
 use serde_json::Value;
 
+use crate::recorded::need_tool;
+
 /// Runs the bench between two programs.
 fn bench(baseline: &Path, current: &Path, options: &[&str]) -> Result<Output> {
     let mut command = Command::new(programs::tool()?);
@@ -35,6 +37,7 @@ fn check(output: &Output) -> Result<Value> {
 
 #[test]
 fn a_bench_of_equals_finds_nothing_and_keeps_what_it_measured() -> Result<()> {
+    need_tool!();
     let vmm = programs::vmm()?;
     let kept = tempfile::tempdir()?;
     let folder = kept.path().to_str().context("the folder's name")?;
@@ -55,6 +58,7 @@ fn a_bench_of_equals_finds_nothing_and_keeps_what_it_measured() -> Result<()> {
 
 #[test]
 fn a_monitor_that_has_more_to_save_is_slower() -> Result<()> {
+    need_tool!();
     if cfg!(target_arch = "aarch64") {
         skip!("a clear verdict takes sixteen migrations, which is long in an emulator");
     }

@@ -24,4 +24,5 @@ mod reset;
 mod scripts;
 mod shutdown;
 mod state;
+mod stock;
 mod trace;

@@ -1,0 +1,121 @@
+//! What the README says of gdb and perf, done with the real ones.
+
+use std::path::Path;
+use std::process::{Command, Output, Stdio};
+use std::thread;
+use std::time::Duration;
+
+use anyhow::{Context, Result, ensure};
+use blackout_abi::probes::PROBES;
+use harness::pair::{Monitor, Pair, Transport};
+use harness::{VmmOptions, programs, skip};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
+
+const LIMIT: Duration = Duration::from_secs(60);
+
+/// How long perf gets to attach: it does not say when it has.
+const ATTACH: Duration = Duration::from_secs(5);
+
+#[test]
+fn gdb_lists_every_probe() -> Result<()> {
+    if missing("gdb") {
+        skip!("gdb is not on this machine");
+    }
+    let output = Command::new("gdb")
+        .args(["-nx", "-batch", "-ex", "info probes stap vmm"])
+        .arg(programs::vmm()?)
+        .output()?;
+    let text = String::from_utf8(output.stdout)?;
+    for probe in PROBES {
+        let listed = text
+            .lines()
+            .any(|line| line.split_whitespace().nth(2) == Some(probe.name));
+        ensure!(listed, "gdb does not list {}: {text}", probe.name);
+    }
+    Ok(())
+}
+
+#[test]
+fn perf_records_a_migration_by_its_probes() -> Result<()> {
+    if missing("perf") {
+        skip!("perf is not on this machine");
+    }
+    // perf remembers programs in the home folder.
+    let home = tempfile::tempdir()?;
+    let Some(_probes) = Probes::add(home.path())? else {
+        skip!("this kernel or this user has no uprobes for perf");
+    };
+    let options = VmmOptions {
+        memory: "32M".into(),
+        ..VmmOptions::default()
+    };
+    let mut pair = Pair::spawn(Monitor::Blackout, Transport::Unix, &options, LIMIT)?;
+    let data = home.path().join("perf.data");
+    let mut recorder = Command::new("perf")
+        .env("HOME", home.path())
+        .args(["record", "-e", "sdt_vmm:*", "-p"])
+        .arg(pair.source.pid().to_string())
+        .arg("-o")
+        .arg(&data)
+        .stdin(Stdio::null())
+        .stdout(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn()?;
+    thread::sleep(ATTACH);
+    let answer = pair.source.qmp.migrate(&pair.uri, LIMIT)?;
+    ensure!(answer["status"] == "completed", "{answer}");
+    kill(Pid::from_raw(recorder.id().cast_signed()), Signal::SIGINT)?;
+    recorder.wait()?;
+    let script = Command::new("perf")
+        .env("HOME", home.path())
+        .args(["script", "-F", "tid,time,event", "-i"])
+        .arg(&data)
+        .output()?;
+    let text = String::from_utf8_lossy(&script.stdout);
+    let count = |name: &str| text.matches(&format!("sdt_vmm:{name}:")).count();
+    let said = String::from_utf8_lossy(&script.stderr);
+    ensure!(count("migration_stop_vm_begin") == 1, "{text}{said}");
+    let (begun, ended) = (
+        count("vm_state_handler_begin"),
+        count("vm_state_handler_end"),
+    );
+    ensure!(begun > 1 && begun == ended, "{begun}, {ended}: {text}");
+    Ok(())
+}
+
+fn missing(program: &str) -> bool {
+    let output = Command::new(program).arg("--version").output();
+    !output.is_ok_and(|output| output.status.success())
+}
+
+/// The monitor's probes as perf's events, until it is dropped.
+struct Probes<'a> {
+    home: &'a Path,
+}
+
+impl<'a> Probes<'a> {
+    /// Adds them; `None` where the kernel takes none.
+    fn add(home: &'a Path) -> Result<Option<Self>> {
+        let vmm = programs::vmm()?;
+        let vmm = vmm.to_str().context("the monitor's path is not UTF-8")?;
+        let known = perf(home, &["buildid-cache", "--add", vmm])?;
+        ensure!(known.status.success(), "{known:?}");
+        let probes = Probes { home };
+        let added = perf(home, &["probe", "--add", "sdt_vmm:*"])?;
+        Ok(added.status.success().then_some(probes))
+    }
+}
+
+impl Drop for Probes<'_> {
+    fn drop(&mut self) {
+        // None were added where the kernel takes none.
+        let _ = perf(self.home, &["probe", "--quiet", "--del", "sdt_vmm:*"]);
+    }
+}
+
+fn perf(home: &Path, arguments: &[&str]) -> Result<Output> {
+    let mut perf = Command::new("perf");
+    let perf = perf.env("HOME", home).args(arguments);
+    perf.output().with_context(|| format!("{perf:?}"))
+}
