@@ -136,6 +136,27 @@ pub(crate) fn build_tests(platform: Platform) -> Result<BTreeMap<String, PathBuf
     executables(&mut cargo, Harness::Libtest)
 }
 
+/// Builds the tool and the monitor, static: the compiler is one for static programs of the platform.
+pub(crate) fn build_static(platform: Platform, choice: &Choice) -> Result<[PathBuf; 2]> {
+    let object = build_bpf(platform)?;
+    let mut cargo = choice.cargo("build")?;
+    cargo
+        .args([
+            "--package",
+            "blackout",
+            "--package",
+            "blackout-vmm",
+            "--bins",
+        ])
+        .env("BLACKOUT_BPF_OBJECT", &object);
+    let mut programs = executables(&mut cargo, Harness::None)?;
+    let mut program = |name: &str| {
+        let program = programs.remove(name);
+        program.with_context(|| format!("cargo built no program {name}"))
+    };
+    Ok([program("blackout")?, program("blackout-vmm")?])
+}
+
 /// Builds the eBPF programs into `target/bpf/ARCH/blackout-ebpf`, the object file that the tool
 /// includes.
 pub(crate) fn build_bpf(platform: Platform) -> Result<PathBuf> {

@@ -6,6 +6,7 @@ mod build;
 mod ci;
 mod command;
 mod demo;
+mod dist;
 mod fuzz;
 mod gate;
 mod initramfs;
@@ -49,6 +50,8 @@ enum Verb {
     Bench(bench::Arguments),
     /// Hold the stop path against the instructions that it is known to take.
     Gate(gate::Arguments),
+    /// Make what others install: static programs, manual pages, a Debian package.
+    Dist(dist::Arguments),
     /// Hold the sources against the project's own rules.
     Tidy(tidy::Arguments),
     /// Everything that a change has to pass.
@@ -65,6 +68,7 @@ fn main() -> ExitCode {
         Verb::Fuzz(arguments) => fuzz::run(&arguments),
         Verb::Bench(arguments) => bench::run(&arguments),
         Verb::Gate(arguments) => gate::run(&arguments),
+        Verb::Dist(arguments) => dist::run(&arguments),
         Verb::Tidy(arguments) => tidy::run(&arguments),
         Verb::Ci(arguments) => ci::run(&arguments),
     };

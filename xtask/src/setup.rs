@@ -36,6 +36,8 @@ pub(crate) enum Purpose {
     Test,
     /// Looking at the HTML report in a real browser, as its tests then do.
     Browser,
+    /// Making what others install.
+    Dist,
 }
 
 /// Something that has to be on this machine.
@@ -117,6 +119,14 @@ fn needs(purposes: &[Purpose]) -> Vec<Box<dyn Need>> {
             package: "bpftrace",
         }));
         needs.push(Box::new(Program {
+            name: "gdb",
+            package: "gdb",
+        }));
+        needs.push(Box::new(Program {
+            name: "perf",
+            package: "linux-perf",
+        }));
+        needs.push(Box::new(Program {
             name: "node",
             package: "nodejs",
         }));
@@ -126,6 +136,14 @@ fn needs(purposes: &[Purpose]) -> Vec<Box<dyn Need>> {
         needs.push(Box::new(Program {
             name: "chromium",
             package: "chromium",
+        }));
+    }
+    if purposes.contains(&Purpose::Dist) {
+        needs.push(Box::new(rust::StaticCompiler));
+        needs.push(Box::new(rust::CargoDeb));
+        needs.push(Box::new(Program {
+            name: "readelf",
+            package: "binutils",
         }));
     }
     needs

@@ -20,6 +20,9 @@ pub(crate) const LLVM: u32 = 22;
 /// bpf-linker's version, built by `cargo xtask setup`.
 pub(crate) const BPF_LINKER: &str = "0.13.0";
 
+/// cargo-deb's version, built by `cargo xtask setup --for dist`.
+pub(crate) const CARGO_DEB: &str = "3.8.0";
+
 /// The eBPF target. All machines that the project runs on are little-endian.
 pub(crate) const BPF_TARGET: &str = "bpfel-unknown-none";
 
@@ -165,6 +168,20 @@ impl Choice {
         debian.then(|| choice(Toolchain::Debian, DEBIAN_TARGET))
     }
 
+    /// The compiler for static programs of `arch`, if there is one.
+    pub(crate) fn for_static(arch: &str) -> Option<Self> {
+        if arch == "aarch64" {
+            return Self::for_testbed();
+        }
+        let target = format!("{arch}-unknown-linux-musl");
+        let toolchain = Toolchain::Active;
+        toolchain.has_library(&target).then_some(Self {
+            toolchain,
+            target,
+            build_core: false,
+        })
+    }
+
     /// Whether the active toolchain was chosen.
     pub(crate) fn is_active(&self) -> bool {
         self.toolchain == Toolchain::Active
@@ -248,4 +265,14 @@ pub(crate) fn bpf_linker() -> Result<PathBuf> {
 /// The folder that holds bpf-linker's `bin`.
 pub(crate) fn bpf_linker_root() -> Result<PathBuf> {
     Ok(paths::cache()?.join(format!("bpf-linker-{BPF_LINKER}-llvm-{LLVM}")))
+}
+
+/// Where setup installs cargo-deb.
+pub(crate) fn cargo_deb() -> Result<PathBuf> {
+    Ok(cargo_deb_root()?.join("bin/cargo-deb"))
+}
+
+/// The folder that holds cargo-deb's `bin`.
+pub(crate) fn cargo_deb_root() -> Result<PathBuf> {
+    Ok(paths::cache()?.join(format!("cargo-deb-{CARGO_DEB}")))
 }

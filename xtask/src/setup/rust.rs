@@ -8,7 +8,7 @@ use anyhow::{Context, Result, bail};
 
 use super::Need;
 use super::debian::{self, Archive};
-use crate::toolchain::{self, BPF_LINKER, Choice, LLVM, TESTBED_TARGET};
+use crate::toolchain::{self, BPF_LINKER, CARGO_DEB, Choice, LLVM, TESTBED_TARGET};
 use crate::{command, toolchain::Toolchain};
 
 /// A compiler that can build eBPF programs.
@@ -19,6 +19,12 @@ pub(super) struct GuestCompiler(pub(super) &'static str);
 
 /// A compiler that can build the testbed's programs.
 pub(super) struct TestbedCompiler;
+
+/// A compiler that can build static programs for this machine.
+pub(super) struct StaticCompiler;
+
+/// What makes Debian packages.
+pub(super) struct CargoDeb;
 
 /// The linker of eBPF programs, built against Debian's LLVM.
 pub(super) struct BpfLinker;
@@ -91,6 +97,44 @@ impl Need for TestbedCompiler {
             Archive::open("arm64")?.unpack(&format!("libstd-rust-web-dev={version}*"), &root)?;
         }
         verify(Choice::for_testbed(), "the testbed's programs")
+    }
+}
+
+impl Need for StaticCompiler {
+    fn name(&self) -> String {
+        "compiler for static programs of this machine".to_owned()
+    }
+
+    fn found(&self) -> Result<Option<String>> {
+        Ok(Choice::for_static(ARCH).map(|choice| choice.to_string()))
+    }
+
+    fn install(&self) -> Result<()> {
+        rustup(&["target", "add", &format!("{ARCH}-unknown-linux-musl")]);
+        verify(Choice::for_static(ARCH), "static programs")
+    }
+}
+
+impl Need for CargoDeb {
+    fn name(&self) -> String {
+        format!("cargo-deb {CARGO_DEB}")
+    }
+
+    fn found(&self) -> Result<Option<String>> {
+        let program = toolchain::cargo_deb()?;
+        let version = command::probe(Command::new(&program).arg("--version"));
+        Ok(version.map(|_| program.display().to_string()))
+    }
+
+    fn install(&self) -> Result<()> {
+        let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+        command::run(
+            Command::new(cargo)
+                .args(["install", "--locked", "--root"])
+                .arg(toolchain::cargo_deb_root()?)
+                .arg(format!("cargo-deb@{CARGO_DEB}"))
+                .current_dir("/"),
+        )
     }
 }
 
