@@ -3,16 +3,16 @@
 
 use std::fs;
 use std::path::Path;
-use std::process::{Child, Command, Stdio};
+use std::process::{Command, Stdio};
 use std::thread;
-use std::time::{Duration, Instant};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use harness::{Qmp, programs, skip};
 use nix::sys::signal::Signal;
 use serde_json::json;
 
-use crate::recorded::{Killed, Recording, need_tool, wait_for};
+use crate::recorded::{Killed, Recording, finish, need_tool, recorder, wait_for};
 
 const LIMIT: Duration = Duration::from_secs(60);
 
@@ -138,44 +138,4 @@ fn arguments(dir: &Path) -> Result<Vec<String>> {
     let guest = programs::guest()?.to_string_lossy().into_owned();
     let arguments = ["--serial", "null", "--qmp", &qmp, "--payload", &guest];
     Ok(arguments.map(str::to_owned).into())
-}
-
-/// Starts a recorder in a process group of its own, as a service's is, and waits until it has
-/// attached.
-fn recorder(dir: &Path, whom: &[impl AsRef<str>]) -> Result<Killed> {
-    let ready = dir.join("ready");
-    let _ = fs::remove_file(&ready);
-    let mut command = Command::new(programs::tool()?);
-    command
-        .args(["record", "--output"])
-        .arg(dir.join("recording"));
-    command.arg("--ready").arg(&ready);
-    command.args(whom.iter().map(AsRef::as_ref));
-    std::os::unix::process::CommandExt::process_group(&mut command, 0);
-    let child = command.stderr(Stdio::piped()).spawn()?;
-    let mut recorder = Killed(child);
-    let end = Instant::now() + LIMIT;
-    while !ready.exists() {
-        if let Some(status) = recorder.0.try_wait()? {
-            anyhow::bail!(
-                "the recorder ended with {status}: {}",
-                said(&mut recorder.0)
-            );
-        }
-        ensure!(Instant::now() < end, "the recorder did not attach");
-        thread::sleep(Duration::from_millis(5));
-    }
-    Ok(recorder)
-}
-
-fn said(child: &mut Child) -> String {
-    let stderr = child.stderr.take().map(std::io::read_to_string);
-    stderr.and_then(Result::ok).unwrap_or_default()
-}
-
-fn finish(mut recorder: Killed, dir: &Path) -> Result<Recording> {
-    recorder.signal(Signal::SIGTERM)?;
-    let status = recorder.0.wait()?;
-    ensure!(status.success(), "{status}: {}", said(&mut recorder.0));
-    Recording::read(&dir.join("recording"))
 }

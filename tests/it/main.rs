@@ -26,3 +26,4 @@ mod shutdown;
 mod state;
 mod stock;
 mod trace;
+mod usdt;

@@ -3,12 +3,13 @@
 use std::collections::HashSet;
 use std::fs;
 use std::path::Path;
-use std::process::Child;
+use std::process::{Child, Command, Stdio};
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Result, ensure};
 use blackout::recording::{Ending, Frame, Hit, Reader};
+use harness::programs;
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
@@ -121,4 +122,45 @@ pub(crate) fn wait_for(file: &Path) -> Result<()> {
         thread::sleep(Duration::from_millis(5));
     }
     Ok(())
+}
+
+/// Starts a recorder in a process group of its own, as a service's is, and waits until it has
+/// attached.
+pub(crate) fn recorder(dir: &Path, whom: &[impl AsRef<str>]) -> Result<Killed> {
+    let ready = dir.join("ready");
+    let _ = fs::remove_file(&ready);
+    let mut command = Command::new(programs::tool()?);
+    command
+        .args(["record", "--output"])
+        .arg(dir.join("recording"));
+    command.arg("--ready").arg(&ready);
+    command.args(whom.iter().map(AsRef::as_ref));
+    std::os::unix::process::CommandExt::process_group(&mut command, 0);
+    let child = command.stderr(Stdio::piped()).spawn()?;
+    let mut recorder = Killed(child);
+    let end = Instant::now() + LIMIT;
+    while !ready.exists() {
+        if let Some(status) = recorder.0.try_wait()? {
+            anyhow::bail!(
+                "the recorder ended with {status}: {}",
+                said(&mut recorder.0)
+            );
+        }
+        ensure!(Instant::now() < end, "the recorder did not attach");
+        thread::sleep(Duration::from_millis(5));
+    }
+    Ok(recorder)
+}
+
+fn said(child: &mut Child) -> String {
+    let stderr = child.stderr.take().map(std::io::read_to_string);
+    stderr.and_then(Result::ok).unwrap_or_default()
+}
+
+/// Ends the recorder as a service manager does, and reads what it wrote.
+pub(crate) fn finish(mut recorder: Killed, dir: &Path) -> Result<Recording> {
+    recorder.signal(Signal::SIGTERM)?;
+    let status = recorder.0.wait()?;
+    ensure!(status.success(), "{status}: {}", said(&mut recorder.0));
+    Recording::read(&dir.join("recording"))
 }

@@ -130,6 +130,16 @@ fn needs(purposes: &[Purpose]) -> Vec<Box<dyn Need>> {
             name: "node",
             package: "nodejs",
         }));
+        // C programs with probes, by compilers that place their arguments differently.
+        for (name, package) in [
+            ("clang", "clang"),
+            ("gcc", "gcc"),
+            ("aarch64-linux-gnu-gcc", "gcc-aarch64-linux-gnu"),
+            ("dtrace", "systemtap-sdt-dev"),
+            ("prometheus", "prometheus"),
+        ] {
+            needs.push(Box::new(Program { name, package }));
+        }
         needs.push(Box::new(python::Environment));
     }
     if purposes.contains(&Purpose::Browser) {

@@ -1,13 +1,14 @@
 //! What the program `blackout` is made of; a library so that tests and tools can use it.
 //!
 //! Imports go one way: [`cli`] → [`bench`], [`html`] → [`gate`] → [`sets`] → [`report`], [`export`] → [`analysis`] →
-//! [`recording`] → `blackout-abi`. [`usdt`] and [`stats`] stand by themselves.
+//! [`recording`] → `blackout-abi`. [`usdt`], [`stats`] and [`foreign`] stand by themselves.
 
 pub mod analysis;
 pub mod bench;
 pub mod capture;
 pub mod cli;
 pub mod export;
+pub mod foreign;
 pub mod gate;
 pub mod html;
 pub mod recording;

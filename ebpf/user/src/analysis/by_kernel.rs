@@ -12,7 +12,9 @@ use super::kvm;
 use super::load::{Loaded, Process};
 use super::migration::{Migration, View};
 use super::party::{Party, Place, Side};
+use super::spans::Point;
 use super::{its, migration};
+use crate::foreign;
 use crate::recording::{Ioctl, VcpuEdges};
 
 /// A VM that starts later than this after another one stopped is not its continuation. 60 s, in ns.
@@ -129,7 +131,19 @@ fn join<'a>(gone: Vm<'a>, came: Vm<'a>) -> Migration<'a> {
         .flat_map(|thread| &thread.ioctls)
         .filter(|ioctl| kvm::reads_dirty_log(ioctl))
         .map(|ioctl| ioctl.enter_ns);
-    let begun_ns = asked.chain([gone.at_ns]).min().unwrap_or(gone.at_ns);
+    // A monitor with probes may have told of it before.
+    let last = |is: fn(&Point) -> bool| {
+        let points = threads().flat_map(|thread| &thread.points);
+        let told = points.filter(|point| point.ts_ns <= gone.at_ns && is(point));
+        told.map(|point| point.ts_ns).max()
+    };
+    let told = [
+        last(|point| point.args.str("status") == Some("setup")),
+        last(|point| point.args.str("checkpoint") == Some(foreign::STOP.1)),
+    ];
+    let told = told.into_iter().flatten();
+    let begun_ns = asked.chain(told).chain([gone.at_ns]).min();
+    let begun_ns = begun_ns.unwrap_or(gone.at_ns);
     let clock = clock::told(gone.recording, came.recording).unwrap_or(Clock::SAME);
     let (here, there) = places(i64::try_from(begun_ns).unwrap_or(i64::MAX), clock);
     let entered = came.process.threads.values();

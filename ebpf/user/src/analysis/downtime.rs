@@ -18,8 +18,9 @@ use blackout_abi::Nature;
 
 use super::describe;
 use super::party::{Party, Placed, Side, Vcpu};
-use super::spans::Span;
+use super::spans::{Point, Span};
 use super::wire::Segment;
+use crate::foreign;
 
 /// Spans that are the migration itself, or a client's command: that one of them is open says
 /// nothing of where the time goes, even if nothing was seen inside.
@@ -160,9 +161,10 @@ pub fn measure<'p>(
     downtime
 }
 
-/// Measures the downtime of a migration that only the kernel saw: from the first vCPU's last return
-/// from KVM_RUN on the source to the first KVM_RUN on the destination. What the monitor did before
-/// it got the first vCPU out, and between two ioctls, is not to be seen.
+/// Measures the downtime of a migration of another monitor: from where a probe of its own says that
+/// the stop begins, or else from the first vCPU's last return from KVM_RUN on the source, to the
+/// first KVM_RUN on the destination. Without probes, what the monitor did before it got the first
+/// vCPU out, and between two ioctls, is not to be seen.
 pub fn measure_by_kernel<'p>(source: &'p Party<'p>, destination: &'p Party<'p>) -> Downtime {
     let mut downtime = Downtime::default();
     let Some((_, end_ns)) = entries(destination, i64::MIN).first().copied() else {
@@ -172,6 +174,10 @@ pub fn measure_by_kernel<'p>(source: &'p Party<'p>, destination: &'p Party<'p>) 
     let Some(stop_ns) = vcpus.filter_map(|vcpu| exit(vcpu, i64::MIN, end_ns)).min() else {
         return downtime;
     };
+    let told = source.points_of(foreign::STOP.0).filter(|point| {
+        point.start_ns <= stop_ns && point.what.args.str("checkpoint") == Some(foreign::STOP.1)
+    });
+    let stop_ns = told.map(|point| point.start_ns).max().unwrap_or(stop_ns);
     downtime.stop_ns = Some(stop_ns);
     downtime.bounds = Some(Bounds {
         start_ns: stop_ns,
@@ -345,8 +351,9 @@ fn explain(
             .filter(|span| explains(span.what))
             .map(|span| span_cover(party.side, span))
     });
-    // A monitor that says nothing is known by its ioctls.
-    let silent = parties.iter().flatten().filter(|p| p.spans.is_empty());
+    // A monitor that says nothing of its stop, or less than ours does, is known by its ioctls.
+    let ours = |party: &&&Party<'_>| party.spans.iter().any(|span| span.what.meaning.hop > 0);
+    let silent = parties.iter().flatten().filter(|party| !ours(party));
     let ioctls = silent.flat_map(|party| {
         let covers = party.ioctls.iter();
         covers.map(|ioctl| Cover {
@@ -376,10 +383,16 @@ fn explain(
     };
     let mut gaps = Vec::new();
     let mut until = bounds.start_ns;
-    let stop = if source.spans.is_empty() {
-        "a vCPU's last KVM_RUN"
-    } else {
+    let begins_at = |point: &&Placed<'_, Point>| point.start_ns == bounds.start_ns;
+    let stop = if source.spans_of("migration_stop_vm").next().is_some() {
         "migration_stop_vm began"
+    } else if source
+        .points_of(foreign::STOP.0)
+        .any(|point| begins_at(&point))
+    {
+        foreign::STOP.1
+    } else {
+        "a vCPU's last KVM_RUN"
     };
     let mut after = format!("{stop} ({})", Side::Source);
     for cover in covers {

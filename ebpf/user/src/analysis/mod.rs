@@ -15,6 +15,7 @@ pub mod migration;
 mod order;
 pub mod party;
 pub mod spans;
+mod took;
 pub mod wire;
 
 pub use downtime::Downtime;

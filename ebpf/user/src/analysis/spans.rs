@@ -10,10 +10,12 @@ use std::sync::Arc;
 
 use blackout_abi::probes::{self, Edge, Nature};
 
+use super::took::Told;
+use crate::foreign::{self, Tells};
 use crate::recording::{ProbeDef, Value};
 
 /// What a probe means: its row and edge. Built once a [`ProbeDef`], shared by all its hits.
-#[derive(Debug)]
+#[derive(Clone, Debug)]
 pub struct Meaning {
     /// The note's provider.
     pub provider: String,
@@ -25,6 +27,8 @@ pub struct Meaning {
     pub hop: u8,
     /// What the row's time is spent on; a foreign probe's on work.
     pub nature: Nature,
+    /// What it tells of time.
+    pub tells: Tells,
     /// The arguments' names.
     pub args: Vec<String>,
 }
@@ -35,9 +39,12 @@ impl Meaning {
         let table = probes::PROBES
             .iter()
             .find(|probe| def.provider == probes::PROVIDER && probe.name == def.name);
-        let (row, edge, hop) = match table {
-            Some(probe) => (probe.row, probe.edge, probe.hop),
-            None => {
+        let foreign = foreign::probe(&def.provider, &def.name, def.args.len());
+        let (row, edge, hop) = match (table, foreign.map(|foreign| foreign.tells)) {
+            (Some(probe), _) => (probe.row, probe.edge, probe.hop),
+            (None, Some(Tells::Edge(row, edge))) => (row, edge, 0),
+            (None, Some(Tells::Took(row, _))) => (row, Edge::Point, 0),
+            (None, _) => {
                 let endings = [
                     ("_begin", Edge::Begin),
                     ("_start", Edge::Begin),
@@ -49,6 +56,7 @@ impl Meaning {
                     .unwrap_or((&def.name, Edge::Point, 0))
             }
         };
+        let tells = foreign.map_or(Tells::Edge("", edge), |foreign| foreign.tells);
         Self {
             provider: def.provider.clone(),
             row: row.to_owned(),
@@ -56,8 +64,17 @@ impl Meaning {
             hop,
             nature: table
                 .and_then(|probe| probes::span(probe.row))
-                .map_or(Nature::Work, |span| span.nature),
+                .map_or(tells.nature(), |span| span.nature),
+            tells,
             args: def.args.iter().map(|arg| arg.name.clone()).collect(),
+        }
+    }
+
+    /// The same under another name.
+    pub(super) fn called(&self, row: &str) -> Self {
+        Self {
+            row: row.to_owned(),
+            ..self.clone()
         }
     }
 }
@@ -95,6 +112,14 @@ impl Args {
         self.iter()
             .find(|(other, _)| *other == name)
             .map(|(_, value)| value)
+    }
+
+    /// The same probe's, without any.
+    pub(super) fn without_values(&self) -> Self {
+        Self {
+            meaning: Arc::clone(&self.meaning),
+            values: Vec::new(),
+        }
     }
 
     /// The unsigned number called `name`.
@@ -221,6 +246,7 @@ pub fn pair(mut events: Vec<Event>) -> Paired {
     let last_ns = events.last().map_or(0, |event| event.ts_ns);
     let mut paired = Paired::default();
     let mut open: Vec<usize> = Vec::new();
+    let mut stage = None;
     for event in events {
         let Event {
             ts_ns,
@@ -232,11 +258,19 @@ pub fn pair(mut events: Vec<Event>) -> Paired {
             values,
         };
         match meaning.edge {
-            Edge::Point => paired.points.push(Point {
-                meaning,
-                ts_ns,
-                args,
-            }),
+            Edge::Point => {
+                let told = Told {
+                    meaning: Arc::clone(&meaning),
+                    args: args.clone(),
+                    end_ns: ts_ns,
+                };
+                paired.ended(&mut open, told, &mut stage);
+                paired.points.push(Point {
+                    meaning,
+                    ts_ns,
+                    args,
+                });
+            }
             Edge::Begin => paired.begin(&mut open, meaning, ts_ns, args),
             Edge::End => paired.end(&mut open, &meaning, ts_ns, args),
         }

@@ -10,6 +10,7 @@ use blackout_abi::probes::{self, ArgKind};
 use super::Error;
 use super::process::{FileId, file_id};
 use super::programs::MAX_SITES;
+use crate::foreign;
 use crate::recording::{ArgDef, ProbeDef, ValueKind};
 use crate::usdt::{Arg, Binary, Operand, Point, Site};
 
@@ -18,6 +19,20 @@ use crate::usdt::{Arg, Binary, Operand, Point, Site};
 pub struct Pattern {
     provider: String,
     name: String,
+}
+
+impl Pattern {
+    /// The probes that are recorded unless others are asked for: this project's, and those of other
+    /// monitors that are understood.
+    pub fn understood() -> Vec<Self> {
+        let pattern = |provider: &str, name: &str| Self {
+            provider: provider.to_string(),
+            name: name.to_string(),
+        };
+        let foreign = foreign::PROBES.iter();
+        let foreign = foreign.map(|probe| pattern(probe.provider, probe.name));
+        foreign.chain([pattern(probes::PROVIDER, "*")]).collect()
+    }
 }
 
 /// A text that is no [`Pattern`].
@@ -46,13 +61,15 @@ impl Pattern {
     }
 }
 
-/// The arguments of a site: names and meanings from the probe table where it knows the probe.
+/// The arguments of a site: names and meanings from the probe table, or from what is known of other
+/// monitors.
 pub fn arguments(site: &Site) -> Vec<ArgDef> {
     let known = known(site);
-    let arg = |(index, arg): (usize, &Arg)| match known.and_then(|known| known.get(index)) {
-        Some(known) => ArgDef {
-            name: known.name.to_string(),
-            kind: match known.kind {
+    let arg = |(index, arg): (usize, &Arg)| match known.as_ref().and_then(|known| known.get(index))
+    {
+        Some((name, kind)) => ArgDef {
+            name: (*name).to_string(),
+            kind: match kind {
                 ArgKind::U64 => ValueKind::U64,
                 ArgKind::I64 => ValueKind::I64,
                 ArgKind::Str => ValueKind::Str,
@@ -75,13 +92,21 @@ pub fn arguments(site: &Site) -> Vec<ArgDef> {
         .collect()
 }
 
-/// The probe table's arguments for a site, if the table has this probe in this form.
-fn known(site: &Site) -> Option<&'static [probes::Arg]> {
+/// What is known of a site's arguments, if it has as many as the probe that is known.
+fn known(site: &Site) -> Option<Vec<(&'static str, ArgKind)>> {
+    let count = site.args.len();
+    if site.provider != probes::PROVIDER {
+        return Some(
+            foreign::probe(&site.provider, &site.name, count)?
+                .args
+                .to_vec(),
+        );
+    }
     let probe = probes::PROBES
         .iter()
-        .find(|probe| probe.name == site.name)?;
-    let same = site.provider == probes::PROVIDER && site.args.len() == probe.args.len();
-    same.then_some(probe.args)
+        .find(|probe| probe.name == site.name && probe.args.len() == count)?;
+    let args = probe.args.iter();
+    Some(args.map(|arg| (arg.name, arg.kind)).collect())
 }
 
 /// Every site of every binary met so far. Cookies and probe ids are indices in it.

@@ -59,8 +59,9 @@ pub(super) struct Args {
     #[arg(long)]
     strict: bool,
 
-    /// USDT probes to record, `*` standing for anything; may be repeated
-    #[arg(long = "probe", default_value = "vmm:*", value_name = "PROVIDER:NAME")]
+    /// USDT probes to record, `*` standing for anything; may be repeated. By default those of
+    /// blackout-vmm, and those that tell of migrations in QEMU
+    #[arg(long = "probe", value_name = "PROVIDER:NAME")]
     probes: Vec<Pattern>,
 
     /// A vCPU that is out of KVM_RUN for longer than this is reported
@@ -99,13 +100,17 @@ pub(super) fn run(args: &Args) -> anyhow::Result<Outcome> {
         all: args.all,
         buffer: args.buffer << 20,
     };
+    let wanted = match args.probes.as_slice() {
+        [] => Pattern::understood(),
+        asked => asked.to_vec(),
+    };
     let caught = Arc::new(AtomicUsize::new(0));
     for signal in [SIGHUP, SIGINT, SIGTERM] {
         let number = usize::try_from(signal)?;
         signal_hook::flag::register_usize(signal, Arc::clone(&caught), number)
             .context("cannot catch signals")?;
     }
-    let mut recorder = Recorder::start(&object, options, args.probes.clone(), &args.output)?;
+    let mut recorder = Recorder::start(&object, options, wanted, &args.output)?;
     let mut sites = 0;
     for pid in &pids {
         sites += recorder

@@ -26,7 +26,8 @@ pub struct Report {
 /// One migration.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize, JsonSchema)]
 pub struct Migration {
-    /// `probes`, or `kernel` when the monitor has none and only KVM's ioctls were seen.
+    /// `probes`, or `kernel` when the monitor has none that tell of a migration's both ends, so that
+    /// KVM's ioctls did.
     pub view: View,
     /// The id that both sides know it by.
     pub id: Option<u64>,
@@ -37,8 +38,9 @@ pub struct Migration {
     /// What failed, where and with which errno.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
-    /// From the entry of `migration_stop_vm`, or, in the view `kernel`, from the first vCPU's last
-    /// return from KVM_RUN, to the first KVM_RUN on the destination.
+    /// From the entry of `migration_stop_vm`, or, in the view `kernel` and unless a probe of the
+    /// monitor's own tells of that entry, from the first vCPU's last return from KVM_RUN, to the first
+    /// KVM_RUN on the destination.
     pub downtime_ns: Option<u64>,
     /// When the downtime began.
     #[serde(default, skip_serializing_if = "Option::is_none")]

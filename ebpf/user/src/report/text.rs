@@ -14,6 +14,7 @@ use super::units::{cut, percent, time};
 use crate::analysis::clock::Basis;
 use crate::analysis::describe::{self, printable};
 use crate::analysis::{Loaded, Migration, Party, Side, View};
+use crate::foreign;
 use crate::recording::Ending;
 
 /// The widest line.
@@ -98,6 +99,9 @@ fn one(out: &mut dyn Write, migration: &Migration<'_>) -> io::Result<()> {
     let mode = printable(&migration.mode);
     let title = match migration.view {
         View::Probes => format!("Migration {id}, {}", printable(&migration.status)),
+        View::Kernel if has_probes(migration) => {
+            "Migration, seen by KVM's ioctls and by probes of the monitor's own".to_owned()
+        }
         View::Kernel => "Migration, seen by KVM's ioctls: the monitor has no probes".to_owned(),
     };
     let title = if mode.is_empty() {
@@ -114,6 +118,22 @@ fn one(out: &mut dyn Write, migration: &Migration<'_>) -> io::Result<()> {
     }
     tables(out, migration)?;
     figures(out, migration)
+}
+
+fn has_probes(migration: &Migration<'_>) -> bool {
+    migration
+        .parties()
+        .any(|party| !party.points.is_empty() || !party.spans.is_empty())
+}
+
+/// Whether a probe of another monitor says where its downtime begins.
+fn is_told(migration: &Migration<'_>) -> bool {
+    let points = migration
+        .source
+        .iter()
+        .flat_map(|party| party.points_of(foreign::STOP.0));
+    let mut starts = points.map(|point| Some(point.start_ns));
+    starts.any(|start_ns| start_ns == migration.downtime.stop_ns)
 }
 
 fn side(out: &mut dyn Write, migration: &Migration<'_>, party: &Party<'_>) -> io::Result<()> {
@@ -133,7 +153,10 @@ fn side(out: &mut dyn Write, migration: &Migration<'_>, party: &Party<'_>) -> io
     )?;
     let rows = match migration.view {
         View::Probes => tree::rows(party, migration.downtime.bounds),
-        View::Kernel => tree::ioctl_rows(party, migration.downtime.bounds),
+        View::Kernel if party.spans.is_empty() => {
+            tree::ioctl_rows(party, migration.downtime.bounds)
+        }
+        View::Kernel => tree::foreign_rows(party, migration.downtime.bounds),
     };
     for row in rows {
         line(out, &row)?;
@@ -212,6 +235,9 @@ fn figures(out: &mut dyn Write, migration: &Migration<'_>) -> io::Result<()> {
     match (downtime.bounds, downtime.stop_ns) {
         (Some(bounds), _) => {
             let what = match bounds.resumed {
+                _ if migration.view == View::Kernel && is_told(migration) => {
+                    "src-downtime-start → KVM_RUN at the destination"
+                }
                 _ if migration.view == View::Kernel => {
                     "first vCPU out of KVM_RUN → KVM_RUN at the destination"
                 }
@@ -255,6 +281,9 @@ fn figures(out: &mut dyn Write, migration: &Migration<'_>) -> io::Result<()> {
             &percent(explained),
             match migration.view {
                 View::Probes => "of the downtime is in named spans",
+                View::Kernel if has_probes(migration) => {
+                    "of the downtime is in KVM's ioctls and named spans"
+                }
                 View::Kernel => "of the downtime is in KVM's ioctls",
             },
         )?;

@@ -66,20 +66,67 @@ pub(super) fn rows(party: &Party<'_>, bounds: Option<Bounds>) -> Vec<Row> {
 
 /// The lines of a party without probes: what KVM did for it during the downtime `bounds`, in order.
 pub(super) fn ioctl_rows(party: &Party<'_>, bounds: Option<Bounds>) -> Vec<Row> {
+    let runs = runs(party, bounds, |_| true);
+    runs.iter()
+        .filter_map(|run| kernel_row(run, 0, bounds))
+        .collect()
+}
+
+/// The ioctls of the threads that are wanted, in the downtime `bounds`; equal ones in a row, between
+/// which no span begins or ends, are one run.
+fn runs<'a>(
+    party: &Party<'a>,
+    bounds: Option<Bounds>,
+    wanted: impl Fn(u32) -> bool,
+) -> Vec<Vec<Placed<'a, Ioctl>>> {
     let inside = |ioctl: &&Placed<'_, Ioctl>| {
-        bounds
-            .is_some_and(|bounds| ioctl.start_ns < bounds.end_ns && ioctl.end_ns > bounds.start_ns)
+        let overlaps =
+            |bounds: Bounds| ioctl.start_ns < bounds.end_ns && ioctl.end_ns > bounds.start_ns;
+        wanted(ioctl.tid) && bounds.is_some_and(overlaps)
     };
     let ioctls: Vec<_> = party.ioctls.iter().filter(inside).copied().collect();
+    // What has begun and ended by then on its thread.
+    let edges = |ioctl: &Placed<'_, Ioctl>| {
+        let spans = party.spans.iter().filter(|span| span.tid == ioctl.tid);
+        let all = spans.flat_map(|span| [span.start_ns, span.end_ns]);
+        all.filter(|edge_ns| *edge_ns <= ioctl.start_ns).count()
+    };
     let same = |one: &Placed<'_, Ioctl>, next: &Placed<'_, Ioctl>| {
         one.tid == next.tid
             && one.what.ret == next.what.ret
             && describe::ioctl(one.what) == describe::ioctl(next.what)
+            && edges(one) == edges(next)
     };
-    ioctls
-        .chunk_by(same)
-        .filter_map(|run| kernel_row(run, 0, bounds))
-        .collect()
+    ioctls.chunk_by(same).map(<[_]>::to_vec).collect()
+}
+
+/// The lines of a party with probes that are not ours: by thread its spans that reach into the
+/// downtime `bounds`, and in them, or between them, what KVM did for it.
+pub(super) fn foreign_rows(party: &Party<'_>, bounds: Option<Bounds>) -> Vec<Row> {
+    let mut tids: Vec<_> = party.spans.iter().map(|span| span.tid).collect();
+    tids.dedup();
+    let mut rows = Vec::new();
+    for tid in &tids {
+        let spans = party.spans.iter().filter(|span| span.tid == *tid);
+        let spans = spans.filter(|span| share(&[**span], bounds).is_some());
+        let mut spans = spans.peekable();
+        // Where the spans end that are open.
+        let mut open: Vec<i64> = Vec::new();
+        for run in runs(party, bounds, |one| one == *tid) {
+            let Some(first) = run.first() else { continue };
+            while let Some(span) = spans.next_if(|span| span.start_ns <= first.start_ns) {
+                open.retain(|end_ns| *end_ns > span.start_ns);
+                rows.extend(span_row(&[*span], bounds));
+                open.push(span.end_ns);
+            }
+            open.retain(|end_ns| *end_ns > first.start_ns);
+            rows.extend(kernel_row(&run, open.len(), bounds));
+        }
+        rows.extend(spans.filter_map(|span| span_row(&[*span], bounds)));
+    }
+    let others = runs(party, bounds, |one| !tids.contains(&one));
+    rows.extend(others.iter().filter_map(|run| kernel_row(run, 0, bounds)));
+    rows
 }
 
 /// How many spans at the head of `rest` go on one line.

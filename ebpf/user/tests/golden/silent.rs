@@ -4,6 +4,7 @@ use blackout::analysis::{self, View};
 use blackout::recording::Frame;
 
 use crate::report::{golden, load};
+use crate::tape::Arg::{I, S, U};
 use crate::tape::{Tape, Task};
 
 pub(crate) const SOURCE: u32 = 300;
@@ -62,6 +63,110 @@ fn a_migration_that_only_the_kernel_saw() {
     let explained = f64::from(12 * 2 + 20 + 15 * 2) * 1e3 / (dark_ns + 70_000) as f64;
     assert!((migration.explained.unwrap() - explained).abs() < 1e-4);
     assert_eq!(migration.vcpus.len(), 2);
+}
+
+/// The same, of a QEMU that was built with the trace backend `dtrace`.
+fn of_qemu() -> Tape {
+    let mut tape = Tape::new("testbed");
+    let source = tape.process(SOURCE, &["qemu", "migration", "vcpu"]);
+    let destination = tape.process(DESTINATION, &["qemu", "vcpu"]);
+    let begun_ns = tape.now_ns();
+    let migrates = source[1];
+    let checkpoint = |tape: &mut Tape, task, name| {
+        tape.foreign(task, "vmstate_downtime_checkpoint", &[S(name)]);
+    };
+    tape.foreign(migrates, "migrate_set_state", &[S("setup")]);
+    tape.pass_us(200)
+        .foreign(migrates, "migrate_set_state", &[S("active")]);
+    tape.vm_ioctl(migrates, KVM_GET_DIRTY_LOG, 30);
+    tape.pass_us(400);
+    checkpoint(&mut tape, migrates, "src-downtime-start");
+    let stopped_ns = tape.pass_us(50).now_ns();
+    tape.foreign(
+        migrates,
+        "vm_state_notify",
+        &[I(0), I(7), S("finish-migrate")],
+    );
+    tape.pass_us(90);
+    checkpoint(&mut tape, migrates, "src-vm-stopped");
+    // QEMU reads its clock before and after what it reports on, in whole microseconds.
+    tape.pass_us(4)
+        .foreign(migrates, "savevm_section_start", &[S("ram"), U(2)]);
+    tape.vm_ioctl(migrates, KVM_GET_DIRTY_LOG, 60);
+    tape.pass_us(300)
+        .foreign(migrates, "savevm_section_end", &[S("ram"), U(2), I(0)]);
+    let took = |tape: &mut Tape, task, name, phase, of, us| {
+        tape.foreign(task, name, &[S(phase), S(of), U(0), I(us)]);
+    };
+    tape.pass_us(2);
+    took(
+        &mut tape,
+        migrates,
+        "vmstate_downtime_save",
+        "iterable",
+        "ram",
+        364,
+    );
+    checkpoint(&mut tape, migrates, "src-iterable-saved");
+    tape.vm_ioctl(source[2], KVM_GET_REGS, 12);
+    for (name, us) in [("cpu", 70), ("kvm-irqchip", 30)] {
+        tape.pass_us(us as u64 + 1);
+        took(
+            &mut tape,
+            migrates,
+            "vmstate_downtime_save",
+            "non-iterable",
+            name,
+            us,
+        );
+    }
+    checkpoint(&mut tape, migrates, "src-non-iterable-saved");
+    tape.pass_us(500);
+    took(
+        &mut tape,
+        destination[0],
+        "vmstate_downtime_load",
+        "non-iterable",
+        "cpu",
+        100,
+    );
+    checkpoint(&mut tape, destination[0], "dst-precopy-loadvm-completed");
+    tape.vm_ioctl(destination[1], KVM_SET_REGS, 15);
+    tape.pass_us(80);
+    checkpoint(&mut tape, destination[0], "dst-precopy-bh-vm-started");
+    let started_ns = tape.pass_us(10).now_ns();
+    tape.foreign(migrates, "migrate_set_state", &[S("completed")]);
+    tape.edges(source[2], 0, 0, begun_ns, stopped_ns);
+    tape.edges(destination[1], 0, started_ns, started_ns, 0);
+    tape
+}
+
+#[test]
+fn the_probes_of_qemu_are_in_the_tree() {
+    let report = golden("qemu", &[of_qemu()]);
+    let [migration] = &report.migrations[..] else {
+        panic!("{} migrations", report.migrations.len())
+    };
+    assert_eq!((migration.view, migration.id), (View::Kernel, None));
+    let spans = || migration.spans.iter();
+    let place = |name: &str, detail: &str| {
+        let found = spans().position(|span| span.name == name && span.detail.contains(detail));
+        found.unwrap_or_else(|| panic!("no {name} {detail}"))
+    };
+    let (ram, section) = (place("vmstate_save", "ram"), place("savevm_section", "ram"));
+    let stage = place("src-iterable-saved", "");
+    assert!(
+        stage < ram && ram < section,
+        "a parent stands before its children"
+    );
+    assert_eq!(
+        [stage, ram, section].map(|at| migration.spans[at].depth),
+        [0, 1, 2]
+    );
+    // The downtime begins where QEMU says so, 50 us before the vCPU was out.
+    let dark_ns = migration.blackout_ns.unwrap();
+    assert_eq!(migration.downtime_ns, Some(dark_ns + 50_000));
+    assert_eq!(migration.doubts, [""; 0]);
 }
 
 #[test]

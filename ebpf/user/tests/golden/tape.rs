@@ -1,5 +1,6 @@
 //! Builds recordings as the recorder would have written them, from the probe table.
 
+use blackout::foreign;
 use blackout::recording::{
     ArgDef, Calls, ClockAnchor, Cost, DeviceAttr, FdKind, Frame, Header, Hit, Ioctl, KernelFn,
     ProbeDef, Process, Thread, Value, ValueKind, VcpuEdges, VcpuGap, Writer,
@@ -117,6 +118,42 @@ impl Tape {
             pid,
             tid,
             probe: id.into(),
+            args,
+        }));
+        self
+    }
+
+    /// Fires another monitor's probe, as the tool knows it.
+    pub(crate) fn foreign(&mut self, task: Task, name: &str, args: &[Arg]) -> &mut Self {
+        let known = foreign::PROBES.iter().position(|probe| probe.name == name);
+        let index = known.unwrap_or_else(|| panic!("no probe {name}"));
+        let (id, probe) = (1000 + index as u32, &foreign::PROBES[index]);
+        let defines = |frame: &Frame| matches!(frame, Frame::Probe(def) if def.id == id);
+        if !self.frames.iter().any(defines) {
+            let arg = |(name, of): &(&str, ArgKind)| ArgDef {
+                name: (*name).into(),
+                kind: kind(*of),
+            };
+            self.frames.push(Frame::Probe(ProbeDef {
+                id,
+                provider: probe.provider.into(),
+                name: name.into(),
+                args: probe.args.iter().map(arg).collect(),
+            }));
+        }
+        let value = |arg: &Arg| match arg {
+            Arg::U(value) => Value::U64(*value),
+            Arg::I(value) => Value::I64(*value),
+            Arg::S(value) => Value::Str((*value).into()),
+        };
+        let args: Vec<_> = args.iter().map(value).collect();
+        assert_eq!(args.len(), probe.args.len(), "arguments of {name}");
+        let (ts_ns, Task { pid, tid }) = (self.now_ns, task);
+        self.frames.push(Frame::Hit(Hit {
+            ts_ns,
+            pid,
+            tid,
+            probe: id,
             args,
         }));
         self

@@ -136,3 +136,89 @@ fn foreign_probes_pair_by_their_names() {
         (0, Nature::Work)
     );
 }
+
+/// A probe of QEMU's that the tool knows.
+fn qemu(ts_ns: u64, name: &str, values: Vec<Value>) -> Event {
+    let known = foreign::PROBES.iter().find(|probe| probe.name == name);
+    let arg = |(name, _): &(&str, _)| ArgDef {
+        name: (*name).to_owned(),
+        kind: ValueKind::U64,
+    };
+    let def = ProbeDef {
+        id: 0,
+        provider: "qemu".into(),
+        name: name.into(),
+        args: known.unwrap().args.iter().map(arg).collect(),
+    };
+    Event {
+        ts_ns,
+        meaning: Arc::new(Meaning::of(&def)),
+        values,
+    }
+}
+
+fn saved(ts_ns: u64, us: i64) -> Event {
+    let text = || Value::Str("x".into());
+    let values = vec![text(), text(), Value::U64(0), Value::I64(us)];
+    qemu(ts_ns, "vmstate_downtime_save", values)
+}
+
+fn checkpoint(ts_ns: u64, name: &str) -> Event {
+    qemu(
+        ts_ns,
+        "vmstate_downtime_checkpoint",
+        vec![Value::Str(name.into())],
+    )
+}
+
+#[test]
+fn what_is_told_at_its_end_goes_around_what_was_inside() {
+    let paired = pair(vec![
+        checkpoint(100_000, "src-downtime-start"),
+        saved(120_000, 5),
+        // Its clock was read 2 us after the begin of what is inside, or so it looks.
+        event(130_000, "vm_stop_begin", None),
+        event(135_000, "do_vm_stop_begin", None),
+        event(140_000, "do_vm_stop_end", Some(0)),
+        event(170_000, "vm_stop_end", Some(0)),
+        saved(172_000, 40),
+        // Longer than since the last one: it cannot have begun before that ended.
+        saved(180_000, 9),
+        checkpoint(200_000, "src-iterable-saved"),
+        checkpoint(210_000, "src-non-iterable-saved"),
+    ]);
+    let expected = [
+        "src-iterable-saved 100000..200000 0 -",
+        "vmstate_save 115000..120000 1 -",
+        "vmstate_save 130000..172000 1 -",
+        "vm_stop 130000..170000 2 0",
+        "do_vm_stop 135000..140000 3 0",
+        "vmstate_save 172000..180000 1 -",
+        "src-non-iterable-saved 200000..210000 0 -",
+    ];
+    assert_eq!(told(&paired), expected);
+    let parents: Vec<_> = paired.spans.iter().map(|span| span.parent).collect();
+    assert_eq!(
+        parents,
+        [None, Some(0), Some(0), Some(2), Some(3), Some(0), None]
+    );
+    let leaves: Vec<_> = paired.spans.iter().map(|span| span.leaf).collect();
+    assert_eq!(leaves, [false, true, false, false, true, true, true]);
+    assert!(paired.problems.is_empty());
+}
+
+#[test]
+fn what_is_told_at_its_end_stays_inside_what_is_open() {
+    let paired = pair(vec![
+        event(100_000, "vm_stop_begin", None),
+        saved(110_000, 1_000_000),
+        saved(111_000, -7),
+        event(112_000, "vm_stop_end", Some(0)),
+    ]);
+    let expected = [
+        "vm_stop 100000..112000 0 0",
+        "vmstate_save 100000..110000 1 -",
+    ];
+    assert_eq!(told(&paired), expected);
+    assert!(!paired.spans[0].leaf);
+}
