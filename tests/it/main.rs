@@ -14,6 +14,7 @@ mod migrate;
 mod migrate_control;
 mod migrate_faults;
 mod migrate_oneway;
+mod migrate_shared;
 mod peers;
 #[path = "../perfetto/query.rs"]
 mod perfetto;

@@ -98,7 +98,7 @@ fn a_bad_uri() -> Result<()> {
         ensure!(error.class == "GenericError", "{error}");
         ensure!(error.desc.contains(cause), "{error}");
         ensure!(
-            error.desc.contains("use tcp:HOST:PORT or unix:PATH"),
+            error.desc.contains("use tcp:HOST:PORT, unix:PATH"),
             "{error}"
         );
     }

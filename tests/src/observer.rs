@@ -1,5 +1,7 @@
 //! The blackout as the guest's memory shows it, seen by nobody but a third process.
 
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
@@ -80,6 +82,20 @@ impl Observer {
         }
     }
 
+    /// Watches `vcpus` counters in RAM that both monitors share until `over` is set: the blackout is
+    /// the longest time without progress.
+    pub fn start_shared(
+        source: Watched,
+        destination: Watched,
+        vcpus: usize,
+        over: Arc<AtomicBool>,
+    ) -> Self {
+        let watch = move || watch_shared(&source, &destination.delay, vcpus, &over);
+        Observer {
+            thread: thread::spawn(watch),
+        }
+    }
+
     /// Waits for the end of the blackout.
     pub fn finish(self) -> Result<Seen> {
         self.thread.join().ok().context("the observer panicked")?
@@ -141,6 +157,48 @@ fn watch(source: &Watched, destination: &Watched, vcpus: usize, limit: Duration)
         before = now;
         thread::sleep(NAP);
     }
+}
+
+fn watch_shared(
+    source: &Watched,
+    destination: &RunDelay,
+    vcpus: usize,
+    over: &AtomicBool,
+) -> Result<Seen> {
+    set_timerslack(1)?;
+    let delay_ns = || Ok::<_, anyhow::Error>(source.delay.ns()? + destination.ns()?);
+    let mut counters = source.guest.counters(vcpus);
+    let mut before = now_ns()?;
+    let mut last = Progress {
+        at_ns: before,
+        error_ns: 0,
+        delay_ns: delay_ns()?,
+    };
+    let mut longest: Option<Seen> = None;
+    while !over.load(Ordering::Relaxed) {
+        let values = source.guest.counters(vcpus);
+        let now = now_ns()?;
+        if values != counters {
+            let progress = Progress {
+                at_ns: now,
+                error_ns: now - before,
+                delay_ns: delay_ns()?,
+            };
+            let seen = Seen {
+                last_progress_ns: last.at_ns,
+                first_progress_ns: now,
+                error_ns: last.error_ns + progress.error_ns,
+                set_aside_ns: progress.delay_ns - last.delay_ns,
+            };
+            if longest.is_none_or(|longest| seen.blackout_ns() > longest.blackout_ns()) {
+                longest = Some(seen);
+            }
+            (counters, last) = (values, progress);
+        }
+        before = now;
+        thread::sleep(NAP);
+    }
+    longest.context("the guest made no progress")
 }
 
 fn now_ns() -> Result<u64> {

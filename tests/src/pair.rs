@@ -6,6 +6,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use clap::ValueEnum;
 use serde::Serialize;
+use serde_json::json;
 
 use crate::{GuestView, Vmm, VmmOptions};
 
@@ -27,6 +28,8 @@ pub enum Transport {
     Tcp,
     /// A unix socket.
     Unix,
+    /// A unix socket over which guest RAM is passed and not sent: `mode: cpr-transfer`.
+    Cpr,
 }
 
 /// A guest that runs, and a monitor that waits for it.
@@ -54,13 +57,20 @@ impl Pair {
             Monitor::Blackout => Vmm::spawn,
             Monitor::Qemu => Vmm::spawn_qemu,
         };
-        let source = spawn(options)?;
+        let mut source = spawn(options)?;
+        if transport == Transport::Cpr {
+            let mode = json!({ "mode": "cpr-transfer" });
+            let set = source.qmp.execute("migrate-set-parameters", mode);
+            set.context("this monitor has no such mode")?;
+        }
         let guest = GuestView::open(source.pid())?;
         guest
             .wait_ready(limit)
             .with_context(|| format!("the console says: {}", source.console()))?;
         let uri = match transport {
-            Transport::Unix => format!("unix:{}", source.dir().join("migration").display()),
+            Transport::Unix | Transport::Cpr => {
+                format!("unix:{}", source.dir().join("migration").display())
+            }
             Transport::Tcp => format!("tcp:127.0.0.1:{}", free_port()?),
         };
         let destination = spawn(&options.incoming(&uri))?;

@@ -111,6 +111,11 @@ pub struct Args {
     #[arg(long, value_name = "URI", value_parser = incoming, help_heading = "Migration")]
     pub incoming: Option<String>,
 
+    /// Let guests go over tcp: to and from other hosts, where everybody on the way can read and change
+    /// them
+    #[arg(long, help_heading = "Migration")]
+    pub allow_plaintext: bool,
+
     /// What the clock of a guest that comes from another host has done on its way: advance or freeze.
     /// By default x86-64 guests, which can be told that they were stopped, find that time has
     /// passed, and arm64 guests do not

@@ -23,6 +23,9 @@ pub enum Error {
     /// Something that only one monitor may have, such as a disk's image, is somebody else's.
     #[error("another process uses a disk of this guest")]
     Claim(#[source] io::Error),
+    /// A guest that was handed over with its RAM runs in another process, in the same RAM.
+    #[error("the guest's RAM was handed over to another process, where the guest is")]
+    RamGone,
     /// The machine can't boot again.
     #[error("reset")]
     Reset(#[from] ResetError),
@@ -43,6 +46,7 @@ impl Errno for Error {
             Error::Handler(error) => error.errno(),
             Error::Reset(error) => error.errno(),
             Error::GuestEnds => libc::ECANCELED,
+            Error::RamGone => libc::EBUSY,
             Error::Drain(error) | Error::Claim(error) => error.errno(),
         }
     }
@@ -96,6 +100,9 @@ pub fn vm_start(machine: &mut Machine) -> Result<(), Error> {
         return Ok(());
     }
     probes::vm_start(state.c_name()).run(|_| {
+        if machine.has_given_ram_away() {
+            return Err(Error::RamGone);
+        }
         machine.run_state().change(state)?;
         machine.handlers.vm_state_notify(true, state)?;
         machine.set_state(state)?;

@@ -133,6 +133,7 @@ pub struct Machine {
     irqchip: arch::Irqchip,
     state: RunState,
     autostart: bool,
+    ram_given_away: bool,
     events: EventSender,
     requests: GuestRequests,
     vm: Arc<Vm>,
@@ -201,6 +202,7 @@ impl Machine {
             irqchip,
             state,
             autostart: true,
+            ram_given_away: false,
             events,
             requests,
             vm,
@@ -235,6 +237,16 @@ impl Machine {
     /// Decides that; QMP's `stop` and `cont` do while the migration is awaited.
     pub fn set_autostart(&mut self, on: bool) {
         self.autostart = on;
+    }
+
+    /// Whether guest RAM is another process's for good.
+    pub(crate) fn has_given_ram_away(&self) -> bool {
+        self.ram_given_away
+    }
+
+    /// Guest RAM is another process's from now on: nothing runs here any more.
+    pub(crate) fn give_ram_away(&mut self) {
+        self.ram_given_away = true;
     }
 
     /// Guest RAM.

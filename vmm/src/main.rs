@@ -14,7 +14,7 @@ use vmm::check::Report;
 use vmm::control::{system_reset, vm_start, vm_stop};
 use vmm::machine::{Config, Machine, PciDevices, SharedMachine};
 use vmm::migration::descriptors::Descriptors;
-use vmm::migration::{Migrations, Parameters};
+use vmm::migration::{Migrations, Parameters, Plaintext};
 use vmm::qmp::{Hub, Monitor, Server};
 use vmm::runstate::{Event, Request, RunState};
 
@@ -81,6 +81,10 @@ fn run(args: Args) -> Result<()> {
     let machine = Arc::new(Mutex::new(machine));
     let parameters = Parameters {
         verify_ram: args.verify_ram,
+        plaintext: match args.allow_plaintext {
+            true => Plaintext::Allowed,
+            false => Plaintext::Refused,
+        },
         ..Parameters::default()
     };
     let migrations = Migrations::new(Arc::clone(&machine), parameters, hub.events());

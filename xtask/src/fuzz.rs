@@ -1,4 +1,4 @@
-//! `cargo xtask fuzz`: feeds what a hostile guest or peer could send to the monitor's devices.
+//! `cargo xtask fuzz`: feeds what a hostile guest or peer could send to the monitor.
 //!
 //! The targets are in `vmm/fuzz/`, outside the workspace, in cargo-fuzz's layout. They need a nightly
 //! compiler; the sanitizers that cargo-fuzz switches on exist nowhere else.
@@ -12,7 +12,7 @@ use anyhow::{Context, Result, bail};
 use crate::{command, paths};
 
 /// Every target.
-const TARGETS: [&str; 3] = ["pci", "virtio", "state"];
+const TARGETS: [&str; 4] = ["pci", "virtio", "state", "incoming"];
 
 /// What a run may take beyond its seconds: the build, and reading its corpus.
 const OVERHEAD: Duration = Duration::from_secs(1200);

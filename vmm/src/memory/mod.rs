@@ -9,6 +9,7 @@
 //! what devices write. [`GuestRam::take_dirty`] reads both.
 #![allow(unsafe_code)]
 
+pub mod handover;
 pub mod ring;
 pub mod transfer;
 
@@ -22,6 +23,7 @@ use nix::fcntl::{FallocateFlags, fallocate};
 use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MmapAdvise, madvise};
 use nix::unistd::{Whence, lseek};
+use rustix::fs::{SealFlags, fcntl_add_seals};
 use vm_memory::bitmap::{AtomicBitmap, Bitmap};
 use vm_memory::mmap::FromRangesError;
 use vm_memory::{
@@ -77,6 +79,12 @@ pub enum Error {
     /// The memfd does not say which pages were written.
     #[error("looking for untouched guest RAM")]
     Extents(#[source] io::Error),
+    /// It can't be shared, or another process's can't be mapped.
+    #[error("handing guest RAM over")]
+    HandOver(#[source] io::Error),
+    /// What another process has passed is not what it should be.
+    #[error("what was passed is not this guest's RAM: {0}")]
+    Foreign(&'static str),
     /// A slot or its log.
     #[error(transparent)]
     Kvm(#[from] kvm::Error),
@@ -85,10 +93,11 @@ pub enum Error {
 impl Errno for Error {
     fn errno(&self) -> i32 {
         match self {
-            Error::Layout { .. } | Error::Pieces => libc::EINVAL,
-            Error::Memfd(_, source) | Error::Zero(_, _, source) | Error::Extents(source) => {
-                source.errno()
-            }
+            Error::Layout { .. } | Error::Pieces | Error::Foreign(_) => libc::EINVAL,
+            Error::Memfd(_, source)
+            | Error::Zero(_, _, source)
+            | Error::Extents(source)
+            | Error::HandOver(source) => source.errno(),
             Error::Map(_) => libc::ENOMEM,
             Error::Access { .. } => libc::EFAULT,
             Error::Kvm(source) => source.errno(),
@@ -110,6 +119,7 @@ pub struct PageRun {
 pub struct GuestRam {
     mem: Arc<RamMap>,
     slots: Arc<[Slot]>,
+    memfd: Arc<File>,
 }
 
 impl GuestRam {
@@ -144,12 +154,17 @@ impl GuestRam {
         Ok(GuestRam {
             mem: Arc::new(mem),
             slots,
+            memfd,
         })
     }
 
     /// The memory itself, for loaders and devices.
     pub fn mem(&self) -> &RamMap {
         &self.mem
+    }
+
+    fn memfd(&self) -> &File {
+        &self.memfd
     }
 
     /// The regions, as guest-physical address and size, in the order of the memfd.
@@ -296,8 +311,11 @@ fn advise_huge_pages(region: &GuestRegionMmap<AtomicBitmap>) {
 }
 
 fn memfd(size: u64) -> io::Result<Arc<File>> {
-    let file = File::from(memfd_create(c"blackout-ram", MFdFlags::MFD_CLOEXEC)?);
+    let flags = MFdFlags::MFD_CLOEXEC | MFdFlags::MFD_ALLOW_SEALING;
+    let file = File::from(memfd_create(c"blackout-ram", flags)?);
     file.set_len(size)?;
+    // Whoever else maps it can rely on that.
+    fcntl_add_seals(&file, SealFlags::SHRINK | SealFlags::GROW | SealFlags::SEAL)?;
     Ok(Arc::new(file))
 }
 

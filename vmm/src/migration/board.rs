@@ -7,21 +7,17 @@
 #[cfg(test)]
 mod tests;
 
-use std::ffi::CStr;
 use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use super::clock::Clock;
-use super::settings::{Capability, Settings};
+use super::settings::{Capability, Mode, Settings};
 use super::status::{
     Blackout, ClockReport, MigrationStatus, QueryMigrate, Ram, Side, SocketAddress, Span,
 };
 use super::wire::Wire;
 use crate::runstate::{Event, EventSender};
 use crate::spanlog::{SpanRecord, monotonic_ns};
-
-/// The mode of every migration there is so far.
-pub(super) const MODE: &CStr = c"normal";
 
 /// The last migration, under way or over, and the handle on it.
 #[derive(Debug)]
@@ -49,6 +45,7 @@ struct State {
 #[derive(Clone, Debug)]
 struct Migration {
     side: Side,
+    mode: Mode,
     uri: String,
     status: MigrationStatus,
     started_ns: u64,
@@ -122,8 +119,14 @@ impl Board {
         {
             return false;
         }
+        let mode = match side {
+            Side::Source => self.settings.mode(),
+            // The source will say it.
+            Side::Destination => Mode::Normal,
+        };
         let migration = Migration {
             side,
+            mode,
             uri,
             status: MigrationStatus::Setup,
             started_ns: monotonic_ns(),
@@ -272,6 +275,19 @@ impl Board {
         self.events.release();
     }
 
+    /// How the migration that is under way is done.
+    pub(super) fn mode(&self) -> Mode {
+        let state = self.lock();
+        state.migration.as_ref().map_or(Mode::Normal, |m| m.mode)
+    }
+
+    /// The source has said how.
+    pub(super) fn set_mode(&self, mode: Mode) {
+        if let Some(migration) = self.lock().migration.as_mut() {
+            migration.mode = mode;
+        }
+    }
+
     /// Changes the figures on RAM.
     pub(super) fn update_ram(&self, update: impl FnOnce(&mut Ram)) {
         if let Some(ram) = self.lock().migration.as_mut().and_then(|m| m.ram.as_mut()) {
@@ -373,7 +389,7 @@ impl Migration {
             id: report.id,
             side: self.side,
             uri: self.uri.clone(),
-            mode: MODE.to_str().unwrap_or_default(),
+            mode: self.mode.name(),
             start_ns: self.started_ns,
             downtime_ns,
             downtime_start_ns,

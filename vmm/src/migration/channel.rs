@@ -1,6 +1,7 @@
 //! The stream over what carries it: both directions, or the one that there is.
 
 use std::io;
+use std::os::fd::OwnedFd;
 use std::sync::mpsc::{self, RecvTimeoutError, Sender};
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::thread::{self, JoinHandle};
@@ -105,6 +106,18 @@ impl Channel {
     /// Starts this side's direction.
     pub(super) fn send_preface(&mut self) -> Result<(), Error> {
         self.writer().preface()
+    }
+
+    /// Starts it with a descriptor for the other side.
+    pub(super) fn send_preface_with(&mut self, fd: &OwnedFd) -> Result<(), Error> {
+        self.writer()
+            .preface_by(|bytes| self.wire.write_with(bytes, fd))
+    }
+
+    /// Takes the descriptor with which the other side starts its direction, if there is one. Comes
+    /// before [`Channel::receive_preface`], which says what is wrong with a connection that fails.
+    pub(super) fn receive_passed(&mut self) -> Option<OwnedFd> {
+        self.wire.peek_passed().ok().flatten()
     }
 
     /// Checks how the other side's direction starts.

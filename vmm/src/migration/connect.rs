@@ -3,7 +3,7 @@
 
 use std::fs::File;
 use std::io;
-use std::net::ToSocketAddrs;
+use std::net::{IpAddr, ToSocketAddrs};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::FileTypeExt;
 use std::time::Duration;
@@ -65,6 +65,17 @@ pub enum Error {
         /// What the kernel said.
         source: io::Error,
     },
+    /// Everybody on the way could read and change the guest.
+    #[error(
+        "{uri} is not loopback ({address}), and tcp: sends the guest unencrypted: use a tunnel, as \
+         unix: or exec: by ssh, or start the monitor with --allow-plaintext"
+    )]
+    Plaintext {
+        /// Where.
+        uri: String,
+        /// The address that it means.
+        address: IpAddr,
+    },
     /// There is no such descriptor.
     #[error(transparent)]
     Descriptor(#[from] descriptors::Error),
@@ -80,6 +91,7 @@ impl Errno for Error {
     fn errno(&self) -> i32 {
         match self {
             Error::Resolve { .. } => libc::EADDRNOTAVAIL,
+            Error::Plaintext { .. } => libc::EPERM,
             Error::Connect { source, .. }
             | Error::Listen { source, .. }
             | Error::Open { source, .. }
@@ -114,15 +126,25 @@ impl Target {
     }
 }
 
+/// Whether a guest may go over TCP to and from other hosts.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Plaintext {
+    /// Loopback only.
+    #[default]
+    Refused,
+    /// A person said that the network is to be trusted.
+    Allowed,
+}
+
 /// Connects to `target`, trying each of its addresses in turn, or opens it. A cancel through `board`
 /// interrupts it.
-pub(super) fn dial(target: Target, board: &Board) -> Result<Wire, Error> {
+pub(super) fn dial(target: Target, plaintext: Plaintext, board: &Board) -> Result<Wire, Error> {
     let Target { uri, passed } = target;
     if let Some(opened) = open(&uri, passed, Direction::Out)? {
         board.attach(opened.clone())?;
         return Ok(opened);
     }
-    let socket = connect(&uri, board)?;
+    let socket = connect(&uri, plaintext, board)?;
     Ok(Wire::from(socket))
 }
 
@@ -156,9 +178,9 @@ fn adopt(fd: OwnedFd) -> io::Result<Wire> {
     Ok(Wire::from(socket))
 }
 
-fn connect(uri: &Uri, board: &Board) -> Result<Socket, Error> {
+fn connect(uri: &Uri, plaintext: Plaintext, board: &Board) -> Result<Socket, Error> {
     let mut last = io::Error::from(io::ErrorKind::NotFound);
-    for address in addresses(uri)? {
+    for address in addresses(uri, plaintext)? {
         match try_dial(&address, board)? {
             Ok(socket) => return Ok(socket),
             Err(error) => last = error,
@@ -207,7 +229,11 @@ enum Origin {
 impl Listener {
     /// Listens on `uri`, or opens it. A socket that a dead process left at a `unix:` path is
     /// replaced; `fd:` is one of `descriptors`.
-    pub(super) fn bind(uri: &Uri, descriptors: &mut Descriptors) -> Result<Listener, Error> {
+    pub(super) fn bind(
+        uri: &Uri,
+        descriptors: &mut Descriptors,
+        plaintext: Plaintext,
+    ) -> Result<Listener, Error> {
         let Target { uri, passed } = Target::new(uri.clone(), descriptors)?;
         if let Some(opened) = open(&uri, passed, Direction::In)? {
             return Ok(Listener {
@@ -235,7 +261,7 @@ impl Listener {
             });
         }
         let mut last = io::Error::from(io::ErrorKind::NotFound);
-        for address in addresses(uri)? {
+        for address in addresses(uri, plaintext)? {
             match bind(&address) {
                 Ok(socket) => {
                     let address = inet(&socket).map_err(failed)?;
@@ -314,26 +340,66 @@ fn configure(socket: &Socket) -> io::Result<()> {
     Ok(())
 }
 
-fn addresses(uri: &Uri) -> Result<Vec<SockAddr>, Error> {
+/// The addresses of `uri`, all of which must be allowed: which of them is used is not known yet.
+fn addresses(uri: &Uri, plaintext: Plaintext) -> Result<Vec<SockAddr>, Error> {
     let resolve = |host: &str, port: u16| match (host, port).to_socket_addrs() {
-        Ok(found) => Ok(found.map(SockAddr::from)),
+        Ok(found) => Ok(found),
         Err(source) => Err(Error::Resolve {
             uri: uri.to_string(),
             source,
         }),
     };
-    match uri {
+    let found: Vec<_> = match uri {
         Uri::Unix(path) => {
             let failed = |source| Error::Connect {
                 uri: uri.to_string(),
                 source,
             };
-            Ok(vec![SockAddr::unix(path).map_err(failed)?])
+            return Ok(vec![SockAddr::unix(path).map_err(failed)?]);
         }
-        Uri::Tcp { host, port } if host.is_empty() => Ok(resolve("::", *port)?
+        Uri::Tcp { host, port } if host.is_empty() => resolve("::", *port)?
             .chain(resolve("0.0.0.0", *port)?)
-            .collect()),
-        Uri::Tcp { host, port } => Ok(resolve(host, *port)?.collect()),
-        Uri::Fd(_) | Uri::Exec(_) | Uri::File { .. } => Ok(Vec::new()),
+            .collect(),
+        Uri::Tcp { host, port } => resolve(host, *port)?.collect(),
+        Uri::Fd(_) | Uri::Exec(_) | Uri::File { .. } => Vec::new(),
+    };
+    let far = found.iter().map(|address| address.ip());
+    match far.into_iter().find(|ip| !ip.to_canonical().is_loopback()) {
+        Some(address) if plaintext == Plaintext::Refused => Err(Error::Plaintext {
+            uri: uri.to_string(),
+            address,
+        }),
+        _ => Ok(found.into_iter().map(SockAddr::from).collect()),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn tcp_leaves_the_host_only_when_it_was_allowed() {
+        let rows = [
+            ("127.0.0.1", true),
+            ("127.8.9.1", true),
+            ("::1", true),
+            ("::ffff:127.0.0.1", true),
+            ("", false),
+            ("0.0.0.0", false),
+            ("::", false),
+            ("192.0.2.1", false),
+            ("2001:db8::1", false),
+            ("::ffff:192.0.2.1", false),
+        ];
+        for (host, near) in rows {
+            let host = host.to_owned();
+            let uri = Uri::Tcp { host, port: 1 };
+            let found = addresses(&uri, Plaintext::Refused);
+            assert_eq!(found.is_ok(), near, "{uri}");
+            if let Err(error) = found {
+                assert!(error.to_string().contains("--allow-plaintext"), "{error}");
+            }
+            assert!(addresses(&uri, Plaintext::Allowed).is_ok(), "{uri}");
+        }
     }
 }

@@ -40,6 +40,9 @@ pub(crate) enum Error {
     /// The source's guest does not fit this VM.
     #[error(transparent)]
     Mismatch(#[from] Mismatch),
+    /// The source says that it has passed its RAM.
+    #[error("the source shares its RAM, but no descriptor of it came")]
+    NoRam,
     /// The pages that arrived are not those that were sent.
     #[error("guest RAM has checksum {here:#010x} here and {there:#010x} at the source")]
     Checksum {
@@ -74,7 +77,7 @@ impl Errno for Error {
             Error::Session(source) => source.errno(),
             Error::Stream(source) => source.errno(),
             Error::Mismatch(source) => source.errno(),
-            Error::NoWayBack => libc::EPROTO,
+            Error::NoWayBack | Error::NoRam => libc::EPROTO,
             Error::Checksum { .. } => libc::EBADMSG,
             Error::Memory(source) => source.errno(),
             Error::LoadDevice { source, .. } => source.errno(),

@@ -2,6 +2,7 @@
 //!
 //! Without a way back nothing is acknowledged: what was written counts as loaded.
 
+use std::os::fd::OwnedFd;
 use std::time::{Duration, Instant};
 
 use super::board::{Board, Cancelled};
@@ -14,8 +15,8 @@ use super::stream::Error;
 use super::stream::frame::Kind;
 use super::stream::header::Shape;
 use super::stream::message::{
-    Ack, Commit, Device, End, Loaded, Message, Ping, Pong, RoundEnd, RoundLoaded, Running, Token,
-    Welcome,
+    Ack, Commit, Device, End, Loaded, Message, Ping, Pong, RoundEnd, RoundLoaded, Running, Terms,
+    Token, Welcome,
 };
 use super::stream::ram::{Packer, Tally};
 use super::vm::SavedDevice;
@@ -101,8 +102,7 @@ pub(super) enum Committed {
 /// The connection to a destination that has accepted the guest.
 pub(super) struct Link {
     channel: Channel,
-    /// Whether the destination can be heard.
-    answered: bool,
+    terms: Terms,
     clock: Clock,
     /// This session's secret, which the destination echoes in `loaded`.
     token: Token,
@@ -124,7 +124,8 @@ struct Flow {
 }
 
 impl Link {
-    /// Introduces the guest of migration `id` over `wire`, and reads the other side's clock.
+    /// Introduces the guest of migration `id` over `wire`, and reads the other side's clock. `ram` is
+    /// passed if its pages are not to be sent.
     ///
     /// # Errors
     /// When the destination can't take the guest: [`Error::Peer`] has its reason.
@@ -133,11 +134,15 @@ impl Link {
         id: u64,
         token: Token,
         shape: &Shape,
+        ram: Option<OwnedFd>,
         patience: Patience,
     ) -> Result<Self, Error> {
         let failed = |source| Error::Write { offset: 0, source };
         let mut link = Link {
-            answered: wire.one_way().is_none(),
+            terms: Terms {
+                answered: wire.one_way().is_none(),
+                shared: ram.is_some(),
+            },
             channel: Channel::new(wire, patience).map_err(failed)?,
             clock: Clock::default(),
             token,
@@ -145,7 +150,7 @@ impl Link {
             flow: Flow::default(),
             commit_ns: 0,
         };
-        let greeted = link.greet(id, shape);
+        let greeted = link.greet(id, shape, ram);
         match greeted.and_then(|()| link.channel.keep_alive().map_err(failed)) {
             Ok(()) => Ok(link),
             Err(error) => {
@@ -155,11 +160,14 @@ impl Link {
         }
     }
 
-    fn greet(&mut self, id: u64, shape: &Shape) -> Result<(), Error> {
-        self.channel.send_preface()?;
+    fn greet(&mut self, id: u64, shape: &Shape, ram: Option<OwnedFd>) -> Result<(), Error> {
+        match ram {
+            Some(ram) => self.channel.send_preface_with(&ram)?,
+            None => self.channel.send_preface()?,
+        }
         self.channel
-            .send(&shape.hello(id, self.token, self.answered))?;
-        if !self.answered {
+            .send(&shape.hello(id, self.token, self.terms))?;
+        if !self.terms.answered {
             return Ok(());
         }
         self.channel.receive_preface()?;
@@ -173,12 +181,17 @@ impl Link {
 
     /// Whether the destination can be heard. If not, [`Link::hand_over`] is how the guest leaves.
     pub(super) fn is_answered(&self) -> bool {
-        self.answered
+        self.terms.answered
+    }
+
+    /// Whether the destination has this side's RAM, so that no page is to be sent.
+    pub(super) fn shares_ram(&self) -> bool {
+        self.terms.shared
     }
 
     /// Takes a sample of the destination's clock, while nothing else is under way.
     pub(super) fn read_clock(&mut self) -> Result<(), Error> {
-        if !self.answered {
+        if !self.terms.answered {
             return Ok(());
         }
         let t1 = monotonic_ns();
@@ -264,7 +277,7 @@ impl Link {
         packer.clear();
         self.flow.frames_sent += 1;
         self.flow.bytes_sent += tally.bytes;
-        if !self.answered {
+        if !self.terms.answered {
             self.flow.frames_loaded = self.flow.frames_sent;
             self.flow.bytes_loaded = self.flow.bytes_sent;
         }
@@ -281,7 +294,7 @@ impl Link {
             last,
             checksum,
         })?;
-        if !self.answered {
+        if !self.terms.answered {
             // The rate of a round then is the disk's, and little is left for the stop.
             return self.channel.sync();
         }

@@ -14,6 +14,8 @@ mod commit;
 mod connect;
 mod converge;
 pub mod descriptors;
+#[cfg(fuzzing)]
+pub mod fuzz;
 mod incoming;
 mod link;
 mod oneway;
@@ -41,6 +43,7 @@ use crate::probes::Errno;
 use crate::runstate::{EventSender, RunState};
 use board::Board;
 pub use channel::Patience;
+pub use connect::Plaintext;
 use connect::{Listener, Target};
 use descriptors::Descriptors;
 pub use outgoing::Parameters;
@@ -156,7 +159,7 @@ impl Migrations {
         if !self.board.begin(Side::Destination, uri.to_string(), None) {
             return Err(Error::Busy);
         }
-        let listener = Listener::bind(&uri, descriptors)
+        let listener = Listener::bind(&uri, descriptors, self.parameters.plaintext)
             .inspect_err(|error| self.board.fail(status::describe(error)))?;
         self.board.set_address(listener.address());
         let (machine, board) = (Arc::clone(&self.machine), Arc::clone(&self.board));

@@ -4,14 +4,15 @@
 use std::ffi::CString;
 use std::io;
 
-use super::board::{Board, Cancelled, MODE, Report};
+use super::board::{Board, Cancelled, Report};
 use super::channel::Patience;
 use super::clock::Clock;
 use super::commit::{Source, SourceEvent};
-use super::connect::{self, Target};
+use super::connect::{self, Plaintext, Target};
 use super::link::{Link, SendError};
 use super::oneway::FinishError;
 use super::precopy;
+use super::settings::Mode;
 use super::status::{MigrationStatus, describe};
 use super::stop::Stop;
 use super::stream;
@@ -36,14 +37,17 @@ pub struct Parameters {
     pub verify_ram: bool,
     /// When the other side is given up.
     pub patience: Patience,
+    /// Whether TCP may leave the host.
+    pub plaintext: Plaintext,
 }
 
 impl Default for Parameters {
-    /// No checksum.
+    /// No checksum, and no TCP to other hosts.
     fn default() -> Self {
         Parameters {
             verify_ram: false,
             patience: Patience::default(),
+            plaintext: Plaintext::default(),
         }
     }
 }
@@ -54,6 +58,9 @@ pub(crate) enum Error {
     /// There is no connection.
     #[error(transparent)]
     Connect(#[from] connect::Error),
+    /// RAM can't be passed there.
+    #[error("mode cpr-transfer passes guest RAM to a process of this host: it needs a unix socket")]
+    NotPassing,
     /// No random numbers for the id and the session's secret.
     #[error("random numbers for the session")]
     Random(#[source] io::Error),
@@ -122,6 +129,7 @@ impl Errno for Error {
     fn errno(&self) -> i32 {
         match self {
             Error::Connect(source) => source.errno(),
+            Error::NotPassing => libc::EINVAL,
             Error::Random(source) => source.errno(),
             Error::Stream(source) => source.errno(),
             Error::Memory(source) => source.errno(),
@@ -184,12 +192,12 @@ pub(super) fn run(vm: &impl SourceVm, target: Target, parameters: &Parameters, b
     let mut clock = Clock::default();
 
     let text = CString::new(target.uri.to_string()).unwrap_or_default();
-    let mut span = probes::migrate(id, &text, MODE);
+    let mut span = probes::migrate(id, &text, board.mode().c_name());
     let migrated = secrets.and_then(|(id, token)| {
-        let mut link = migration_connect(target, id, token, &shape, parameters.patience, board)?;
+        let mut link = migration_connect(vm, target, id, token, &shape, parameters, board)?;
         let migrated = precopy::migration_thread(vm, &mut link, &mut attempt, parameters, board);
         clock = link.clock().clone();
-        let concluded = conclude(vm, &mut attempt, migrated);
+        let concluded = conclude(vm, &mut attempt, migrated, board);
         if let Err(error) = &concluded {
             link.give_up(describe(error));
         }
@@ -217,17 +225,24 @@ pub(super) fn run(vm: &impl SourceVm, target: Target, parameters: &Parameters, b
 
 /// `[2]` Connects and agrees with the destination on the guest.
 fn migration_connect(
+    vm: &impl SourceVm,
     target: Target,
     id: u64,
     token: Token,
     shape: &Shape,
-    patience: Patience,
+    parameters: &Parameters,
     board: &Board,
 ) -> Result<Link, Error> {
     let text = CString::new(target.uri.to_string()).unwrap_or_default();
     probes::migration_connect(&text).run(|_| {
-        let wire = connect::dial(target, board)?;
-        Ok(Link::open(wire, id, token, shape, patience)?)
+        let wire = connect::dial(target, parameters.plaintext, board)?;
+        let shared = board.mode() == Mode::CprTransfer;
+        if shared && !wire.passes() {
+            return Err(Error::NotPassing);
+        }
+        let ram = shared.then(|| vm.ram().share()).transpose()?;
+        let patience = parameters.patience;
+        Ok(Link::open(wire, id, token, shape, ram, patience)?)
     })
 }
 
@@ -236,6 +251,7 @@ fn conclude(
     vm: &impl SourceVm,
     attempt: &mut Attempt,
     migrated: Result<(), Error>,
+    board: &Board,
 ) -> Result<(), Error> {
     match &migrated {
         Ok(()) => {}
@@ -245,6 +261,7 @@ fn conclude(
         }
         Err(_) => attempt.commit = attempt.commit.on(SourceEvent::Fail),
     }
+    let shared = board.mode() == Mode::CprTransfer;
     let concluded = match (attempt.commit, attempt.stop.vm_old_state) {
         (Source::Resumed, Some(old)) => match (vm.resume(old), migrated) {
             (Err(source), Err(error)) => Err(Error::Resume {
@@ -254,7 +271,7 @@ fn conclude(
             (_, migrated) => migrated,
         },
         (Source::Completed | Source::Unknown, _) => {
-            vm.postmigrate();
+            vm.postmigrate(shared && attempt.commit == Source::Completed);
             migrated
         }
         _ => migrated,

@@ -26,7 +26,10 @@ pub(super) fn migration_thread(
     board: &Board,
 ) -> Result<(), Error> {
     probes::migration_thread(attempt.id()).run(|_| {
-        let rest = ram_rounds(vm, link, board)?;
+        let rest = match link.shares_ram() {
+            false => ram_rounds(vm, link, board)?,
+            true => nothing(board),
+        };
         switchover::complete(vm, link, attempt, rest, parameters, board)
     })
 }
@@ -37,6 +40,15 @@ pub(super) struct Rest {
     pub(super) runs: Vec<PageRun>,
     /// The number of the round that sends them.
     pub(super) round: u32,
+}
+
+/// The destination has the guest's RAM already: there is nothing to do but to stop.
+fn nothing(board: &Board) -> Rest {
+    board.set_status(MigrationStatus::Active);
+    Rest {
+        runs: Vec::new(),
+        round: 1,
+    }
 }
 
 /// Sends all of RAM, then what was dirtied meanwhile, and again, until it is time to stop.

@@ -7,6 +7,7 @@ use super::board::Board;
 use super::channel::Channel;
 use super::commit::{Destination, DestinationEvent};
 use super::incoming::{Error, finished};
+use super::settings::Mode;
 use super::status::MigrationStatus;
 use super::stream;
 use super::stream::frame::Kind;
@@ -16,6 +17,7 @@ use super::stream::message::{
 };
 use super::stream::ram::{self, LoadError, Tally};
 use super::vm::TargetVm;
+use crate::memory::handover::Adopted;
 use crate::memory::{GuestRam, PAGE_SIZE};
 use crate::probes::{self, Guarded};
 use crate::runstate::RunState;
@@ -43,6 +45,8 @@ pub(super) struct Receiver<'a, V> {
     answered: bool,
     id: u64,
     ram: GuestRam,
+    /// Given back unless the guest runs here.
+    adopted: Option<Adopted>,
     /// The round that is being loaded or comes next.
     round: u32,
     /// Whether the last round is loaded.
@@ -68,6 +72,7 @@ impl<'a, V: TargetVm> Receiver<'a, V> {
             commit: Destination::Receiving,
             id: 0,
             ram: vm.ram(),
+            adopted: None,
             round: 1,
             ram_complete: false,
             devices: vm.shape().device_names(),
@@ -92,7 +97,7 @@ impl<'a, V: TargetVm> Receiver<'a, V> {
     /// # Errors
     /// Whatever went wrong; the guest has not run here and never will.
     pub(super) fn run(&mut self, board: &Board, log: &SpanLog) -> Result<(), Error> {
-        self.greet()?;
+        self.greet(board)?;
         board.set_status(MigrationStatus::Active);
         self.load(board)?;
         let state = self.verify(board)?;
@@ -102,6 +107,9 @@ impl<'a, V: TargetVm> Receiver<'a, V> {
             false => monotonic_ns(),
         };
         self.first_run_ns = self.vm.go_on(state)?;
+        if let Some(adopted) = self.adopted.take() {
+            adopted.keep();
+        }
         self.commit = self.commit.on(DestinationEvent::Commit);
 
         let first_run_ns = self.first_run_ns;
@@ -136,6 +144,8 @@ impl<'a, V: TargetVm> Receiver<'a, V> {
 
     /// Tells the source that this side does not take the guest, and sees to it that it can't.
     pub(super) fn give_up(mut self, reason: String, spans: Vec<SpanRecord>) {
+        // The source lets the guest go on once it hears of this.
+        self.adopted = None;
         self.commit = self.commit.on(DestinationEvent::Fail);
         if self.commit == Destination::Failed && self.devices_begun > 0 {
             self.vm.spoil();
@@ -146,7 +156,8 @@ impl<'a, V: TargetVm> Receiver<'a, V> {
     }
 
     /// Learns what the source has, and accepts it.
-    fn greet(&mut self) -> Result<(), Error> {
+    fn greet(&mut self, board: &Board) -> Result<(), Error> {
+        let passed = self.channel.receive_passed();
         // A peer of another version must learn of this one's; one that is gone is the better error.
         let theirs = self.channel.receive_preface();
         if self.answered {
@@ -159,11 +170,16 @@ impl<'a, V: TargetVm> Receiver<'a, V> {
             .channel
             .receive()?
             .decode("the source's introduction")?;
-        if hello.answered && !self.answered {
+        if hello.terms.answered && !self.answered {
             return Err(Error::NoWayBack);
         }
-        self.answered = hello.answered;
+        self.answered = hello.terms.answered;
         self.vm.shape().accepts(&hello)?;
+        if hello.terms.shared {
+            board.set_mode(Mode::CprTransfer);
+            let theirs = passed.ok_or(Error::NoRam)?;
+            self.adopted = Some(self.ram.adopt(theirs)?);
+        }
         (self.id, self.their_token) = (hello.id, hello.token);
         if !self.answered {
             return Ok(());
@@ -256,7 +272,7 @@ impl<'a, V: TargetVm> Receiver<'a, V> {
             Some(format!(
                 "round {round} has {pages} pages, {loaded} of round {ours} arrived"
             ))
-        } else if end.round == 1 && end.pages != all {
+        } else if end.round == 1 && self.adopted.is_none() && end.pages != all {
             Some(format!("the first round has {} pages of {all}", end.pages))
         } else {
             None

@@ -1,6 +1,7 @@
 //! What a client sets of migrations: QEMU's parameters and capabilities, those that mean something
 //! here. Parameters may change while a migration runs, which follows them from round to round.
 
+use std::ffi::CStr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 /// Rows of `Variant = "name", default, max, "what its values are", "doc";`.
@@ -34,6 +35,34 @@ parameters! {
     MaxBandwidth = "max-bandwidth", 0, u64::MAX, "an integer",
         "RAM is sent no faster than this while the guest runs, bytes a second; 0 is as fast as it goes, \
          which is the default here and not QEMU's.";
+}
+
+/// How a guest moves: QEMU's `MigMode`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Mode {
+    /// Its RAM is sent.
+    #[default]
+    Normal,
+    /// Its RAM is passed to another process of this host, by a descriptor.
+    CprTransfer,
+}
+
+impl Mode {
+    /// All there are.
+    pub const ALL: [Mode; 2] = [Mode::Normal, Mode::CprTransfer];
+
+    /// QEMU's name of it.
+    pub fn name(self) -> &'static str {
+        self.c_name().to_str().unwrap_or_default()
+    }
+
+    /// The same for a probe.
+    pub fn c_name(self) -> &'static CStr {
+        match self {
+            Mode::Normal => c"normal",
+            Mode::CprTransfer => c"cpr-transfer",
+        }
+    }
 }
 
 macro_rules! capabilities {
@@ -78,6 +107,7 @@ pub struct Settings(Mutex<Values>);
 struct Values {
     parameters: [u64; Parameter::ALL.len()],
     capabilities: [bool; Capability::ALL.len()],
+    mode: Mode,
 }
 
 impl Default for Values {
@@ -85,6 +115,7 @@ impl Default for Values {
         Values {
             parameters: Parameter::DEFAULTS,
             capabilities: [false; Capability::ALL.len()],
+            mode: Mode::default(),
         }
     }
 }
@@ -109,6 +140,16 @@ impl Settings {
             values.parameters[parameter as usize] = value;
         }
         Ok(())
+    }
+
+    /// How the next migration from here is done.
+    pub fn mode(&self) -> Mode {
+        self.lock().mode
+    }
+
+    /// Decides that; one that is under way goes on as it began.
+    pub fn set_mode(&self, mode: Mode) {
+        self.lock().mode = mode;
     }
 
     /// Whether a capability is on.

@@ -200,7 +200,7 @@ pub struct Blackout {
     pub side: Side,
     /// Where it went, or where this side listened.
     pub uri: String,
-    /// `normal`.
+    /// `normal` or `cpr-transfer`.
     pub mode: &'static str,
     /// When the migration started on this side, ns of `CLOCK_MONOTONIC`.
     pub start_ns: u64,

@@ -74,7 +74,11 @@ fn ram_final(
 ) -> Result<(), Error> {
     probes::ram_final().run(|span| {
         let ram = vm.ram();
-        let runs = merge(rest.runs, vm.take_dirty()?);
+        let dirty = match link.shares_ram() {
+            false => vm.take_dirty()?,
+            true => Vec::new(),
+        };
+        let runs = merge(rest.runs, dirty);
         board.update_ram(|ram| {
             ram.remaining = bytes(&runs);
             ram.dirty_sync_count += 1;

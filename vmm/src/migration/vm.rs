@@ -60,8 +60,9 @@ pub(super) trait SourceVm: MigrationVm {
     /// # Errors
     /// When it can't be started; it is paused then, and a person may try.
     fn resume(&self, old: RunState) -> Result<(), control::Error>;
-    /// The guest is the destination's, or may be: only a person can run it here again.
-    fn postmigrate(&self);
+    /// The guest is the destination's, or may be: only a person can run it here again, and nobody if
+    /// its RAM is `gone` with it.
+    fn postmigrate(&self, gone: bool);
 }
 
 /// The VM of an incoming migration.
@@ -157,8 +158,11 @@ impl SourceVm for SharedMachine {
         resumed
     }
 
-    fn postmigrate(&self) {
+    fn postmigrate(&self, gone: bool) {
         let mut machine = lock(self);
+        if gone {
+            machine.give_ram_away();
+        }
         // Whatever else the machine became meanwhile, such as shut down, does not run either.
         let _ = machine.set_state(RunState::Postmigrate);
         machine.count_mapped();

@@ -1,12 +1,18 @@
 //! What a stream goes over: a connection that goes both ways, or something that goes one way.
 
-use std::io::{self, Read, Write};
+use std::io::{self, IoSlice, IoSliceMut, Read, Write};
+use std::mem::MaybeUninit;
 use std::net::Shutdown;
+use std::os::fd::{AsFd, OwnedFd};
 use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
-use socket2::Socket;
+use rustix::net::{
+    RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
+    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
+};
+use socket2::{Domain, Socket};
 
 use super::oneway::OneWay;
 
@@ -38,6 +44,49 @@ impl Wire {
             Wire::OneWay(way) => Some(way),
             Wire::Socket(_) => None,
         }
+    }
+
+    /// Whether descriptors can be passed.
+    pub(super) fn passes(&self) -> bool {
+        match self {
+            Wire::Socket(socket) => socket.domain().is_ok_and(|domain| domain == Domain::UNIX),
+            Wire::OneWay(_) => false,
+        }
+    }
+
+    /// Writes `bytes` with a descriptor, if it [passes](Wire::passes) any.
+    pub(super) fn write_with(&self, bytes: &[u8], fd: &OwnedFd) -> io::Result<usize> {
+        let Wire::Socket(socket) = self else {
+            return Err(io::ErrorKind::Unsupported.into());
+        };
+        let fds = [fd.as_fd()];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut passed = SendAncillaryBuffer::new(&mut space);
+        passed.push(SendAncillaryMessage::ScmRights(&fds));
+        let parts = [IoSlice::new(bytes)];
+        Ok(sendmsg(&**socket, &parts, &mut passed, SendFlags::empty())?)
+    }
+
+    /// Takes the descriptor that comes with the next byte, if it [passes](Wire::passes) any and there
+    /// is one. Waits for that byte, and leaves it to be read.
+    pub(super) fn peek_passed(&self) -> io::Result<Option<OwnedFd>> {
+        let Wire::Socket(socket) = self else {
+            return Ok(None);
+        };
+        if !self.passes() {
+            return Ok(None);
+        }
+        let mut byte = [0];
+        let mut space = [MaybeUninit::uninit(); rustix::cmsg_space!(ScmRights(1))];
+        let mut passed = RecvAncillaryBuffer::new(&mut space);
+        let flags = RecvFlags::PEEK | RecvFlags::CMSG_CLOEXEC;
+        let mut parts = [IoSliceMut::new(&mut byte)];
+        recvmsg(&**socket, &mut parts, &mut passed, flags)?;
+        let first = |message| match message {
+            RecvAncillaryMessage::ScmRights(mut fds) => fds.next(),
+            _ => None,
+        };
+        Ok(passed.drain().find_map(first))
     }
 
     /// Sets how long a read waits, and a write of which the other side takes nothing. Who reads from
@@ -157,7 +206,7 @@ fn is(socket: &Socket, asked: PollFlags, wanted: PollFlags) -> bool {
 mod tests {
     use std::thread;
 
-    use socket2::{Domain, Type};
+    use socket2::Type;
 
     use super::*;
 

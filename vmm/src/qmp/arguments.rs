@@ -34,6 +34,17 @@ impl Arguments {
         }
     }
 
+    /// A string that may be left out.
+    ///
+    /// # Errors
+    /// When it is there and no string.
+    pub(super) fn optional_string(&mut self, name: &'static str) -> Result<Option<String>, Error> {
+        match self.members.contains_key(name) {
+            true => self.string(name).map(Some),
+            false => Ok(None),
+        }
+    }
+
     /// A boolean that may be left out, which means `false`.
     ///
     /// # Errors

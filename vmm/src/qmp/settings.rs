@@ -5,7 +5,7 @@ use serde_json::{Map, Value, json};
 use super::arguments::Arguments;
 use super::commands::{Answer, Context, done};
 use super::wire::Error;
-use crate::migration::settings::{Capability, Parameter};
+use crate::migration::settings::{Capability, Mode, Parameter};
 use crate::migration::status::MigrationStatus;
 
 pub(super) fn query_migrate_parameters(context: &mut Context<'_>, arguments: Arguments) -> Answer {
@@ -13,7 +13,13 @@ pub(super) fn query_migrate_parameters(context: &mut Context<'_>, arguments: Arg
     let settings = context.backend.settings();
     let all = Parameter::ALL.iter();
     let values = all.map(|&p| (p.name().to_owned(), json!(settings.parameter(p))));
-    Ok(Value::Object(values.collect::<Map<_, _>>()))
+    let mut values: Map<_, _> = values.collect();
+    // QEMUs before 8.2 have no modes and do not name the only one: neither does this, so that their
+    // clients find what they know.
+    if settings.mode() != Mode::Normal {
+        values.insert("mode".to_owned(), json!(settings.mode().name()));
+    }
+    Ok(Value::Object(values))
 }
 
 /// Sets those that are named, also of a migration that is under way.
@@ -26,8 +32,20 @@ pub(super) fn migrate_set_parameters(
         let value = arguments.number(parameter.name())?;
         changes.extend(value.map(|value| (parameter, value)));
     }
+    let mode = arguments.optional_string("mode")?;
     arguments.finish()?;
-    context.backend.settings().set_parameters(&changes)?;
+    let mode = match mode {
+        None => None,
+        Some(name) => match Mode::ALL.into_iter().find(|mode| mode.name() == name) {
+            None => return Err(Error::Value("mode", name)),
+            mode => mode,
+        },
+    };
+    let settings = context.backend.settings();
+    settings.set_parameters(&changes)?;
+    if let Some(mode) = mode {
+        settings.set_mode(mode);
+    }
     done()
 }
 

@@ -26,8 +26,8 @@ pub(crate) struct Arguments {
     /// Migrations of each kind.
     #[arg(long, default_value_t = 15)]
     runs: usize,
-    /// Over what.
-    #[arg(long, value_delimiter = ',', default_value = "tcp,unix")]
+    /// Over what; `cpr` hands guest RAM over without copying it, which Debian's QEMU can't.
+    #[arg(long, value_delimiter = ',', default_value = "tcp,unix,cpr")]
     transports: Vec<String>,
     /// Bytes that the guest keeps dirty.
     #[arg(long, value_delimiter = ',', default_value = "1M,16M")]

@@ -84,7 +84,7 @@ macro_rules! kinds {
         pub(crate) enum Kind { $(#[doc = $doc] $kind = $number,)* }
 
         impl Kind {
-            fn from_number(number: u16) -> Option<Kind> {
+            pub(crate) fn from_number(number: u16) -> Option<Kind> {
                 match number { $($number => Some(Kind::$kind),)* _ => None }
             }
 

@@ -2,7 +2,7 @@
 
 use std::ffi::CString;
 
-use super::message::{Hello, Token};
+use super::message::{Hello, Terms, Token};
 use crate::memory::PAGE_SIZE;
 use crate::probes::Errno;
 
@@ -42,7 +42,7 @@ impl Shape {
     }
 
     /// The source's introduction.
-    pub(crate) fn hello(&self, id: u64, token: Token, answered: bool) -> Hello {
+    pub(crate) fn hello(&self, id: u64, token: Token, terms: Terms) -> Hello {
         let Shape {
             arch,
             ram,
@@ -52,7 +52,7 @@ impl Shape {
         Hello {
             id,
             token,
-            answered,
+            terms,
             arch,
             page_size: PAGE_SIZE,
             ram,
@@ -66,7 +66,7 @@ impl Shape {
     /// # Errors
     /// Names the first difference.
     pub(crate) fn accepts(&self, hello: &Hello) -> Result<(), Mismatch> {
-        let ours = self.hello(hello.id, hello.token, hello.answered);
+        let ours = self.hello(hello.id, hello.token, hello.terms);
         let same = |what, here: String, there: String| {
             if here == there {
                 Ok(())
@@ -108,6 +108,11 @@ fn device_text(devices: &[(String, u32)]) -> String {
 mod tests {
     use super::*;
 
+    const TERMS: Terms = Terms {
+        answered: true,
+        shared: false,
+    };
+
     fn shape() -> Shape {
         Shape {
             arch: "aarch64".into(),
@@ -119,7 +124,7 @@ mod tests {
 
     #[test]
     fn equal_shapes_agree() {
-        assert_eq!(shape().accepts(&shape().hello(1, [0; 16], true)), Ok(()));
+        assert_eq!(shape().accepts(&shape().hello(1, [0; 16], TERMS)), Ok(()));
     }
 
     #[test]
@@ -145,7 +150,7 @@ mod tests {
             ),
         ];
         for (change, text) in cases {
-            let mut hello = shape().hello(1, [0; 16], false);
+            let mut hello = shape().hello(1, [0; 16], TERMS);
             change(&mut hello);
             let error = shape().accepts(&hello).unwrap_err().to_string();
             assert!(error.ends_with(text), "{error}");

@@ -8,6 +8,17 @@ use crate::spanlog::SpanRecord;
 /// A session's secret: who echoes it is the peer that was talked to before, and not a recording.
 pub(crate) type Token = [u8; 16];
 
+/// How a guest goes over.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Terms {
+    /// Whether the source hears what the destination says. If it does not, the destination says
+    /// nothing, and [`End`] hands the guest over.
+    pub(crate) answered: bool,
+    /// Whether the descriptor of guest RAM came with the preface. Pages are not sent then, and there is
+    /// one round, the last.
+    pub(crate) shared: bool,
+}
+
 /// A payload that postcard encodes, and the kind of the frame that carries it.
 pub(crate) trait Message<'de>: Serialize + Deserialize<'de> {
     /// The frame's kind.
@@ -33,9 +44,8 @@ messages! {
         id: u64,
         /// Comes back in [`Loaded`].
         token: Token,
-        /// Whether the source hears what the destination says. If it does not, the destination says
-        /// nothing, and [`End`] hands the guest over.
-        answered: bool,
+        /// How the guest is to go over.
+        terms: Terms,
         /// The guest's architecture.
         arch: String,
         /// Bytes of a page.

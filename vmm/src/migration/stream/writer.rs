@@ -32,6 +32,22 @@ impl<W: Write> FrameWriter<W> {
         self.write(&PREFACE)
     }
 
+    /// Starts the stream by `write`, which must take all of the bytes or none: something else may go
+    /// with them.
+    pub(crate) fn preface_by(
+        &mut self,
+        write: impl FnOnce(&[u8]) -> io::Result<usize>,
+    ) -> Result<(), Error> {
+        let written = match write(&PREFACE) {
+            Ok(written) if written == PREFACE.len() => Ok(written),
+            Ok(_) => Err(io::ErrorKind::WriteZero.into()),
+            Err(error) => Err(error),
+        };
+        let offset = self.offset;
+        self.offset += written.map_err(|source| Error::Write { offset, source })? as u64;
+        Ok(())
+    }
+
     /// Sends a message in one write.
     pub(crate) fn send<'a, M: Message<'a>>(&mut self, message: &M) -> Result<(), Error> {
         let mut frame = std::mem::take(&mut self.scratch);
@@ -93,8 +109,14 @@ impl<W: Write> FrameWriter<W> {
         Ok(())
     }
 
+    /// Writes bytes that need not be a frame.
+    #[cfg(fuzzing)]
+    pub(crate) fn raw(&mut self, bytes: &[u8]) -> Result<(), Error> {
+        self.write(bytes)
+    }
+
     /// What was written to.
-    #[cfg(test)]
+    #[cfg(any(test, fuzzing))]
     pub(crate) fn into_inner(self) -> W {
         self.inner
     }

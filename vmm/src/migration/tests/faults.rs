@@ -162,7 +162,7 @@ fn received(bytes: &[u8]) -> String {
     let bench = Bench::new();
     let uri = bench.uri("there");
     bench.target.begin(Side::Destination, uri.to_string(), None);
-    let listener = Listener::bind(&uri, &mut Descriptors::default()).unwrap();
+    let listener = Listener::bind(&uri, &mut Descriptors::default(), Plaintext::Refused).unwrap();
     let Uri::Unix(path) = &uri else { panic!() };
     let mut peer = UnixStream::connect(path).unwrap();
     peer.write_all(bytes).unwrap();

@@ -3,6 +3,7 @@
 mod faults;
 mod oneway;
 mod outcomes;
+mod shared;
 
 use std::ffi::CString;
 use std::io;
@@ -14,7 +15,7 @@ use tempfile::TempDir;
 
 use super::board::Board;
 use super::channel::Patience;
-use super::connect::{Listener, Target};
+use super::connect::{Listener, Plaintext, Target};
 use super::descriptors::Descriptors;
 use super::status::{MigrationStatus, QueryMigrate, Side, Span};
 use super::stop::Stop;
@@ -217,7 +218,7 @@ impl SourceVm for Fake {
         }
     }
 
-    fn postmigrate(&self) {
+    fn postmigrate(&self, _: bool) {
         self.set_state(RunState::Postmigrate).unwrap();
     }
 }
@@ -288,7 +289,8 @@ impl Bench {
             self.target
                 .begin(Side::Destination, there.to_string(), None)
         );
-        let listener = Listener::bind(&there, &mut Descriptors::default()).unwrap();
+        let listener =
+            Listener::bind(&there, &mut Descriptors::default(), Plaintext::Refused).unwrap();
         let (vm, board, text) = (target.clone(), Arc::clone(&self.target), there.to_string());
         let patience = parameters.patience;
         let thread = thread::spawn(move || incoming::run(&vm, listener, &text, patience, &board));

@@ -21,7 +21,7 @@ fn run_source(bench: &Bench, source: &Fake, uri: Uri, descriptors: &mut Descript
 
 fn run_target(bench: &Bench, target: &Fake, uri: &Uri, descriptors: &mut Descriptors) {
     assert!(bench.target.begin(Side::Destination, uri.to_string(), None));
-    let listener = Listener::bind(uri, descriptors).unwrap();
+    let listener = Listener::bind(uri, descriptors, Plaintext::Refused).unwrap();
     let patience = Patience::default();
     incoming::run(target, listener, &uri.to_string(), patience, &bench.target);
 }
@@ -147,10 +147,14 @@ fn a_file_that_is_cut_or_damaged_anywhere_is_no_guest() {
 fn a_stream_that_waits_for_answers_is_refused_from_a_file() {
     let bench = Bench::new();
     let path = bench.folder.path().join("recording");
+    let terms = super::super::stream::message::Terms {
+        answered: true,
+        shared: false,
+    };
     let mut writer = super::super::stream::writer::FrameWriter::new(Vec::new());
     writer.preface().unwrap();
     writer
-        .send(&Fake::source().shape.hello(1, [0; 16], true))
+        .send(&Fake::source().shape.hello(1, [0; 16], terms))
         .unwrap();
     fs::write(&path, writer.into_inner()).unwrap();
     let target = Fake::target();

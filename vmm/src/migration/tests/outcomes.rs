@@ -237,14 +237,15 @@ fn a_destination_that_waits_can_be_cancelled() {
         let unix = bench.uri("here");
         let uri = if tcp {
             Uri::Tcp {
-                host: String::new(),
+                host: "127.0.0.1".into(),
                 port: 0,
             }
         } else {
             unix
         };
         bench.target.begin(Side::Destination, uri.to_string(), None);
-        let listener = Listener::bind(&uri, &mut Descriptors::default()).unwrap();
+        let listener =
+            Listener::bind(&uri, &mut Descriptors::default(), Plaintext::Refused).unwrap();
         let (vm, board) = (Fake::target(), Arc::clone(&bench.target));
         let thread = thread::spawn(move || {
             incoming::run(&vm, listener, "here", Patience::default(), &board)

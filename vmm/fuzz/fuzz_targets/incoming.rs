@@ -1,0 +1,58 @@
+//! What a hostile source sends to a destination: the monitor stays up, ends the migration, and runs no
+//! guest that has not arrived.
+#![no_main]
+
+use blackout_vmm_fuzz::Input;
+use libfuzzer_sys::fuzz_target;
+use vmm::migration::fuzz::{Step, take_in};
+
+fuzz_target!(|data: &[u8]| {
+    let mut input = Input(data);
+    let how = input.byte();
+    let mut steps = Vec::new();
+    while !input.is_empty() {
+        let step = match input.byte() % 6 {
+            0 => {
+                let kind = input.byte();
+                Step::Frame(kind, take(&mut input))
+            }
+            1 => {
+                let [round, pages, last, sum] = input.bytes();
+                let sum = (sum > 200).then_some(u32::from(sum));
+                Step::RoundEnd(round.into(), pages.into(), last & 1 == 1, sum)
+            }
+            2 => {
+                let number = input.byte();
+                Step::Device(number, take(&mut input))
+            }
+            3 => Step::Frame(5, pages(&mut input)),
+            4 => Step::End,
+            _ => Step::Raw(take(&mut input)),
+        };
+        steps.push(step);
+    }
+    take_in(how & 1 == 1, how & 2 == 0, &steps);
+});
+
+/// The next bytes, as many as the first of them says.
+fn take(input: &mut Input<'_>) -> Vec<u8> {
+    let length = usize::from(input.byte()).min(input.0.len());
+    (0..length).map(|_| input.byte()).collect()
+}
+
+/// Records of pages, zeroes most of them, at places that may be.
+fn pages(input: &mut Input<'_>) -> Vec<u8> {
+    let [round, records] = input.bytes();
+    let mut payload = u32::from(round).to_le_bytes().to_vec();
+    for _ in 0..records % 8 {
+        let [page, count, content, fill] = input.bytes();
+        payload.extend((u64::from(page) * 4096).to_le_bytes());
+        payload.extend(u32::from(count).to_le_bytes());
+        payload.extend(u32::from(content % 3).to_le_bytes());
+        if content % 3 == 1 {
+            let length = usize::from(count % 4) * 4096;
+            payload.resize(payload.len() + length, fill);
+        }
+    }
+    payload
+}
