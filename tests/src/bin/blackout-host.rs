@@ -1,7 +1,8 @@
 //! One of two hosts of a migration, each with a recorder of its own: what `cargo xtask test` runs in
 //! two testbeds that share nothing but a network.
 //!
-//! The destination says over a connection of its own that it waits, the source that it is done.
+//! The destination says over a connection of its own that it waits, the source what its guest read
+//! from the disk that both hosts have.
 
 use std::fs;
 use std::io::{BufRead, BufReader, Write};
@@ -13,10 +14,11 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use clap::{Parser, Subcommand};
-use harness::{GuestView, Recorder, Vmm, VmmOptions};
+use harness::linux::{Linux, machine};
+use harness::{Recorder, Shell, Vmm, VmmOptions};
 
 /// How long anything may take: two emulated machines share one that is real.
-const LIMIT: Duration = Duration::from_secs(240);
+const LIMIT: Duration = Duration::from_secs(300);
 
 const MIGRATION_PORT: u16 = 4444;
 const CONTROL_PORT: u16 = 4445;
@@ -30,6 +32,9 @@ struct Arguments {
     /// Directory for `recording` and, on the source, `query-migrate.json`.
     #[arg(long, value_name = "DIR", global = true, default_value = ".")]
     out: PathBuf,
+    /// The guest's disk, which both hosts have and neither writes.
+    #[arg(long, value_name = "FILE", global = true, default_value = "disk")]
+    disk: PathBuf,
 }
 
 #[derive(Subcommand)]
@@ -45,10 +50,10 @@ enum Role {
 }
 
 fn main() -> ExitCode {
-    let arguments = Arguments::parse();
-    let done = match &arguments.role {
-        Role::Destination => destination(&arguments.out),
-        Role::Source { to } => source(to, &arguments.out),
+    let Arguments { role, out, disk } = Arguments::parse();
+    let done = match &role {
+        Role::Destination => destination(&disk, &out),
+        Role::Source { to } => source(to, &disk, &out),
     };
     match done {
         Ok(()) => ExitCode::SUCCESS,
@@ -59,48 +64,59 @@ fn main() -> ExitCode {
     }
 }
 
-fn machine() -> VmmOptions {
-    VmmOptions {
-        cmdline: "its_devices=16 its_events=16 dirty=1M".into(),
-        // Both hosts are this machine's, and so is their network.
-        extra: vec!["--allow-plaintext".into()],
-        ..VmmOptions::default()
-    }
+/// A Linux guest whose disk may be in use elsewhere. Both hosts are this machine's, and so is their
+/// network.
+fn options(disk: &Path) -> VmmOptions {
+    let disk = format!("path={},readonly", disk.display());
+    let extra = ["--allow-plaintext", "--disk", &disk].map(str::to_owned);
+    machine("6.12", 1, &extra)
 }
 
-fn destination(out: &Path) -> Result<()> {
+/// What the guest reads from its disk, past its cache.
+const READ: &str = "dd if=/dev/vda bs=1M iflag=direct 2> /dev/null | sha256sum | cut -d ' ' -f 1";
+
+fn destination(disk: &Path, out: &Path) -> Result<()> {
     let control = TcpListener::bind(("0.0.0.0", CONTROL_PORT))?;
     let uri = format!("tcp:0.0.0.0:{MIGRATION_PORT}");
-    let vmm = Vmm::spawn(&machine().incoming(&uri))?;
+    let vmm = Vmm::spawn(&options(disk).incoming(&uri))?;
+    let mut shell = vmm.shell()?;
     let recorder = Recorder::start(&[vmm.pid()], &out.join("recording"))?;
     eprintln!("destination: waits for a guest");
     let (mut source, _) = control.accept()?;
     source.write_all(b"ready\n")?;
-    hear(&source, "done")?;
-    GuestView::open(vmm.pid())?.wait_progress(0, LIMIT)?;
+    let read = hear(&source)?;
     recorder.stop()?;
-    eprintln!("destination: runs the guest");
+    same_guest(&mut shell, &read)?;
+    eprintln!("destination: runs the guest, which reads its disk");
     Ok(())
 }
 
-fn source(to: &str, out: &Path) -> Result<()> {
-    let mut vmm = Vmm::spawn(&machine())?;
-    let guest = GuestView::open(vmm.pid())?;
-    guest
-        .wait_ready(LIMIT)
-        .with_context(|| format!("the console says: {}", vmm.console()))?;
-    let recorder = Recorder::start(&[vmm.pid()], &out.join("recording"))?;
+/// The guest is the one that the other host ran, and its disk is the one that it read there.
+fn same_guest(shell: &mut Shell, read: &str) -> Result<()> {
+    let there = shell.run("echo $here", LIMIT)?;
+    ensure!(there == read, "the guest read '{there}', not '{read}'");
+    let again = shell.run(READ, LIMIT)?;
+    ensure!(again == read, "the disk reads '{again}', not '{read}'");
+    Ok(())
+}
+
+fn source(to: &str, disk: &Path, out: &Path) -> Result<()> {
+    let mut guest = Linux::boot(options(disk), None)?;
+    guest.run(&format!("here=$({READ})"))?;
+    let read = guest.run("echo $here")?;
+    let recorder = Recorder::start(&[guest.vmm.pid()], &out.join("recording"))?;
     let mut destination = reach(to)?;
-    hear(&destination, "ready")?;
+    let word = hear(&destination)?;
+    ensure!(word == "ready", "the other host said '{word}'");
     let uri = format!("tcp:{to}:{MIGRATION_PORT}");
     eprintln!("source: QMP migrate {uri}");
-    let answer = vmm.qmp.migrate(&uri, LIMIT)?;
+    let answer = guest.vmm.qmp.migrate(&uri, LIMIT)?;
     fs::write(
         out.join("query-migrate.json"),
         serde_json::to_vec_pretty(&answer)?,
     )?;
     ensure!(answer["status"] == "completed", "{answer}");
-    destination.write_all(b"done\n")?;
+    writeln!(destination, "{read}")?;
     recorder.stop()?;
     eprintln!("source: the guest is gone");
     Ok(())
@@ -118,11 +134,10 @@ fn reach(to: &str) -> Result<TcpStream> {
     }
 }
 
-/// Waits for the other host to say `word`.
-fn hear(from: &TcpStream, word: &str) -> Result<()> {
+/// What the other host says next.
+fn hear(from: &TcpStream) -> Result<String> {
     from.set_read_timeout(Some(LIMIT))?;
     let mut line = String::new();
     BufReader::new(from).read_line(&mut line)?;
-    ensure!(line.trim_end() == word, "the other host said '{line}'");
-    Ok(())
+    Ok(line.trim_end().to_owned())
 }

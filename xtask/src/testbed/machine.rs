@@ -177,12 +177,7 @@ impl Testbed {
         }
     }
 
-    fn boot(
-        &self,
-        program: &[&str],
-        timeout: Duration,
-        line: impl FnMut(&str),
-    ) -> Result<Ended> {
+    fn boot(&self, program: &[&str], timeout: Duration, line: impl FnMut(&str)) -> Result<Ended> {
         self.prepare(program, false)?;
         let started = Instant::now();
         let mut qemu = self.qemu_command();
