@@ -195,7 +195,7 @@ fn nested_tests(arguments: &Arguments, tally: &mut Tally) -> Result<()> {
     // Whatever is asked for by name may be run there, too.
     let mut libtest = libtest_arguments(arguments);
     if arguments.filters.is_empty() {
-        libtest.push("linux::".to_owned());
+        libtest.push("linux".to_owned());
     }
     let kernel = Package::testbed(Series::V6_12, Arch::X86_64);
     in_testbed(kernel, arguments, libtest, tally)
