@@ -11,6 +11,8 @@ use serde_json::{Value, json};
 
 /// A boot under nested emulation, on a busy machine.
 const BOOT: Duration = Duration::from_secs(240);
+/// A boot, a login or a shutdown of a whole Debian there.
+const SYSTEMD: Duration = Duration::from_secs(600);
 /// An answer of a guest that has booted.
 const ANSWER: Duration = Duration::from_secs(60);
 
@@ -127,6 +129,35 @@ fn linux_restarts_and_heeds_the_power_button() -> Result<()> {
     vmm.qmp.wait_event("POWERDOWN", ANSWER)?;
     shell.wait_for("guest: power button", ANSWER)?;
     ends(&mut vmm, "guest-shutdown")
+}
+
+#[test]
+fn debian_boots_from_its_disk_to_its_login() -> Result<()> {
+    need_linux!();
+    if !slow() {
+        skip!("slow tier: systemd under emulation");
+    }
+    let disk = programs::linux().map(|folder| folder.join("root"));
+    let Some(disk) = disk.filter(|disk| disk.is_file()) else {
+        skip!("there is no disk with a Debian of this architecture");
+    };
+    let mut options = machine(NEWEST, 1);
+    options.memory = "512M".into();
+    options.cmdline = "root=/dev/vda".into();
+    options.extra = vec!["--disk".into(), format!("path={}", disk.display())];
+    let mut vmm = Vmm::spawn(&options)?;
+    let mut shell = vmm.shell()?;
+    let login = shell.wait_for("guest login: ", SYSTEMD);
+    login.with_context(|| format!("the monitor said: {}", vmm.stderr()))?;
+    shell.type_line("root")?;
+    shell.wait_for("root@guest:~# ", SYSTEMD)?;
+    let first = shell.run("cat /proc/1/comm; findmnt -no SOURCE /", SYSTEMD)?;
+    ensure!(first.lines().eq(["systemd", "/dev/vda"]), "{first}");
+    shell.start("systemctl poweroff")?;
+    let event = vmm.qmp.wait_event("SHUTDOWN", SYSTEMD)?;
+    ensure!(event["data"]["reason"] == "guest-shutdown", "{event}");
+    ensure!(vmm.wait_exit(ANSWER)?.success(), "{}", vmm.stderr());
+    Ok(())
 }
 
 /// A guest that counts on every CPU moves and counts on, and its shell is the same one.

@@ -77,9 +77,15 @@ impl Shell {
         self.commands += 1;
         let number = self.commands;
         // The quotes keep what is typed, which comes back, apart from what is printed.
-        let line = format!("echo beg''in-{number}; {command}; echo en''d-{number}\n");
+        self.type_line(&format!(
+            "echo beg''in-{number}; {command}; echo en''d-{number}"
+        ))
+    }
+
+    /// Types `line`, for what is no shell.
+    pub fn type_line(&mut self, line: &str) -> Result<()> {
         self.stream
-            .write_all(line.as_bytes())
+            .write_all(format!("{line}\n").as_bytes())
             .context("typing on the console")
     }
 

@@ -185,8 +185,8 @@ const MODULES: [&str; 14] = [
     "virtio_net",
 ];
 
-/// Modules that only guests load: the drivers of the monitor's other devices.
-const GUEST_MODULES: [&str; 8] = [
+/// Modules that only guests load: the drivers of the monitor's other devices, and of a disk's files.
+const GUEST_MODULES: [&str; 12] = [
     "virtio_blk",
     "rng-core",
     "virtio-rng",
@@ -195,6 +195,10 @@ const GUEST_MODULES: [&str; 8] = [
     "vmw_vsock_virtio_transport",
     "evdev",
     "button",
+    "crc16",
+    "mbcache",
+    "jbd2",
+    "ext4",
 ];
 
 /// A kernel that is there to be booted, with the static busybox that goes with it.

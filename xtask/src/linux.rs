@@ -1,13 +1,15 @@
 //! The Linux guests of the tests: Debian's kernels, and the initramfs that they start from.
 
+use std::env::consts::ARCH;
 use std::fs;
 use std::path::PathBuf;
+use std::process::Command;
 
 use anyhow::{Context, Result};
 
 use crate::initramfs::Initramfs;
 use crate::kernel::{Arch, Flavour, Kernel, Package, Series};
-use crate::paths;
+use crate::{command, paths};
 
 /// The environment variable by which the harness finds the folder that [`prepare`] makes.
 pub(crate) const VARIABLE: &str = "BLACKOUT_LINUX";
@@ -25,7 +27,13 @@ fn kernels(arch: Arch) -> Vec<(String, Package)> {
     kernels
 }
 
-/// Makes the folder `target/linux/ARCH` with the guests' files: `kernel-SERIES` and `initramfs`.
+/// The disk with a whole Debian, of this machine's architecture, that `cargo xtask setup` makes.
+pub(crate) fn root_disk() -> Result<PathBuf> {
+    Ok(paths::cache()?.join(format!("debian-{ARCH}.ext4")))
+}
+
+/// Makes the folder `target/linux/ARCH` with the guests' files: `kernel-SERIES`, `initramfs`, and a
+/// copy of the [`root_disk`] as `root`, if that is there.
 ///
 /// # Errors
 /// When `cargo xtask setup` has not fetched the kernels.
@@ -57,5 +65,12 @@ pub(crate) fn prepare(arch: Arch) -> Result<PathBuf> {
     initramfs.copy(&busybox, "/bin/busybox")?;
     initramfs.copy(&busybox, "/bin/sh")?;
     initramfs.finish()?;
+    let disk = root_disk()?;
+    if arch.rust() == ARCH && disk.is_file() {
+        // A new file: what a guest wrote to the last one may be in use still.
+        let mut copy = Command::new("cp");
+        copy.args(["--sparse=always", "--remove-destination"]);
+        command::run(copy.arg(&disk).arg(folder.join("root")))?;
+    }
     Ok(folder)
 }

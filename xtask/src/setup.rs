@@ -3,6 +3,7 @@
 mod debian;
 mod kernel;
 mod python;
+mod root_disk;
 mod rust;
 
 use std::env::consts::ARCH;
@@ -34,6 +35,8 @@ pub(crate) enum Purpose {
     Testbed,
     /// Running every test: the tools that the tests hold the project against.
     Test,
+    /// Running the tests that take long.
+    SlowTest,
     /// Looking at the HTML report in a real browser, as its tests then do.
     Browser,
     /// Making what others install.
@@ -141,6 +144,9 @@ fn needs(purposes: &[Purpose]) -> Vec<Box<dyn Need>> {
             needs.push(Box::new(Program { name, package }));
         }
         needs.push(Box::new(python::Environment));
+    }
+    if purposes.contains(&Purpose::SlowTest) {
+        needs.push(Box::new(root_disk::RootDisk));
     }
     if purposes.contains(&Purpose::Browser) {
         needs.push(Box::new(Program {

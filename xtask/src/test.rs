@@ -71,6 +71,11 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
     if let Err(error) = setup::ensure(&[Purpose::Test]) {
         println!("{error:#}\nwithout them, tests that need them are skipped");
     }
+    if arguments.slow
+        && let Err(error) = setup::ensure(&[Purpose::SlowTest])
+    {
+        println!("{error:#}\nwithout it, the test that needs it is skipped");
+    }
     let mut tally = Tally::default();
     for part in Part::value_variants() {
         if !arguments.parts.is_empty() && !arguments.parts.contains(part) {

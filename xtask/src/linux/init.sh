@@ -20,6 +20,17 @@ for module in $(cat "$modules/list"); do
 done
 ip link set lo up
 
+# A disk with a whole system goes on from here.
+root=$(sed -n 's/.*root=\([^ ]*\).*/\1/p' /proc/cmdline)
+if [ -n "$root" ]; then
+    mkdir -p /root/disk
+    mount -t ext4 "$root" /root/disk
+    for folder in proc sys dev; do
+        mount -o move "/$folder" "/root/disk/$folder"
+    done
+    exec switch_root /root/disk /sbin/init
+fi
+
 # The power button, if a driver reports it: 24-byte records, of which the key's begins after 16.
 for event in /dev/input/event*; do
     [ -e "$event" ] && (head -c 24 "$event" > /dev/null && echo "guest: power button" > /dev/console && poweroff -f) &
