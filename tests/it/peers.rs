@@ -1,12 +1,14 @@
 //! The tool on monitors that nobody named to it, and on those that say nothing: Debian's QEMU as it
 //! is, seen by KVM's ioctls alone.
 
+use std::mem::discriminant;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use harness::observer::Watched;
 use harness::pair::{Monitor, Pair, Transport};
 use harness::{Cpus, Observer, Recorder, VmmOptions, programs, skip, tool};
+use serde_json::Value;
 
 const LIMIT: Duration = Duration::from_secs(120);
 
@@ -37,6 +39,47 @@ fn a_recorder_for_all_sees_monitors_that_start_after_it() -> Result<()> {
         .context("the migration was not seen")?;
     ensure!(ours["view"] == "probes" && ours["status"] == "completed");
     ensure!(ours["blackout_ns"].as_u64().is_some_and(|ns| ns > 0));
+    Ok(())
+}
+
+/// What `query-migrate` says after a migration that went well.
+fn queried(monitor: Monitor) -> Result<Value> {
+    let options = VmmOptions {
+        memory: "64M".into(),
+        cmdline: "dirty=1M".into(),
+        ..VmmOptions::default()
+    };
+    let mut pair = Pair::spawn(monitor, Transport::Unix, &options, LIMIT)?;
+    let answer = pair.source.qmp.migrate(&pair.uri, LIMIT)?;
+    ensure!(answer["status"] == "completed", "{answer}");
+    Ok(answer)
+}
+
+#[test]
+fn query_migrate_has_what_qemus_clients_look_for() -> Result<()> {
+    if !programs::has_qemu() {
+        skip!("no QEMU for this machine's architecture");
+    }
+    let (ours, qemus) = (queried(Monitor::Blackout)?, queried(Monitor::Qemu)?);
+    for path in ["", "/ram"] {
+        let members = |answer: &Value| {
+            let object = answer.pointer(path).and_then(Value::as_object);
+            object
+                .cloned()
+                .with_context(|| format!("no {path} in {answer}"))
+        };
+        let ours = members(&ours)?;
+        for (name, qemus) in members(&qemus)? {
+            // Later QEMUs, one of which this monitor says that it is, have it no more.
+            if name == "skipped" {
+                continue;
+            }
+            let ours = ours.get(&name);
+            let ours = ours.with_context(|| format!("{path}/{name} is missing"))?;
+            let alike = discriminant(ours) == discriminant(&qemus);
+            ensure!(alike, "{path}/{name} is {ours}, QEMU's {qemus}");
+        }
+    }
     Ok(())
 }
 

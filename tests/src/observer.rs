@@ -89,11 +89,13 @@ impl Observer {
         destination: Watched,
         vcpus: usize,
         over: Arc<AtomicBool>,
-    ) -> Self {
-        let watch = move || watch_shared(&source, &destination.delay, vcpus, &over);
-        Observer {
+    ) -> Result<Self> {
+        // Here and not on the thread, which may get a CPU only when it is all over.
+        let (start_ns, counters) = (now_ns()?, source.guest.counters(vcpus));
+        let watch = move || watch_shared(&source, &destination.delay, start_ns, counters, &over);
+        Ok(Observer {
             thread: thread::spawn(watch),
-        }
+        })
     }
 
     /// Waits for the end of the blackout.
@@ -162,20 +164,23 @@ fn watch(source: &Watched, destination: &Watched, vcpus: usize, limit: Duration)
 fn watch_shared(
     source: &Watched,
     destination: &RunDelay,
-    vcpus: usize,
+    start_ns: u64,
+    mut counters: Vec<u64>,
     over: &AtomicBool,
 ) -> Result<Seen> {
     set_timerslack(1)?;
     let delay_ns = || Ok::<_, anyhow::Error>(source.delay.ns()? + destination.ns()?);
-    let mut counters = source.guest.counters(vcpus);
-    let mut before = now_ns()?;
+    let vcpus = counters.len();
+    let mut before = start_ns;
     let mut last = Progress {
         at_ns: before,
         error_ns: 0,
         delay_ns: delay_ns()?,
     };
     let mut longest: Option<Seen> = None;
-    while !over.load(Ordering::Relaxed) {
+    loop {
+        // The last look comes after the end: what went on while nobody looked is seen by it.
+        let last_look = over.load(Ordering::Relaxed);
         let values = source.guest.counters(vcpus);
         let now = now_ns()?;
         if values != counters {
@@ -195,10 +200,12 @@ fn watch_shared(
             }
             (counters, last) = (values, progress);
         }
+        if last_look {
+            return longest.context("the guest made no progress");
+        }
         before = now;
         thread::sleep(NAP);
     }
-    longest.context("the guest made no progress")
 }
 
 fn now_ns() -> Result<u64> {

@@ -103,7 +103,7 @@ fn migrate(
     );
     let over = Arc::new(AtomicBool::new(false));
     let observer = match transport {
-        Transport::Cpr => Observer::start_shared(watched.0, watched.1, 1, Arc::clone(&over)),
+        Transport::Cpr => Observer::start_shared(watched.0, watched.1, 1, Arc::clone(&over))?,
         _ => Observer::start(watched.0, watched.1, 1, LIMIT),
     };
     let answer = source.qmp.migrate(&uri, LIMIT)?;

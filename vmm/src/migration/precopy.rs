@@ -84,6 +84,7 @@ fn ram_rounds(vm: &impl SourceVm, link: &mut Link, board: &Board) -> Result<Rest
             ram.dirty_sync_count += 1;
             ram.dirty_pages_rate = per_second(remaining / PAGE_SIZE, took_ns);
             ram.mbps = per_second(sent.bytes * 8, took_ns) as f64 / 1e6;
+            ram.pages_per_second = per_second(sent.pages, took_ns);
             ram.precopy_bytes += sent.bytes;
         });
         match decision {

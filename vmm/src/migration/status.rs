@@ -137,6 +137,8 @@ pub struct Ram {
     pub dirty_pages_rate: u64,
     /// The rate at which the destination loads, Mbit/s, over the last round.
     pub mbps: f64,
+    /// Pages that were sent a second, over the last round.
+    pub pages_per_second: u64,
     /// Times that the dirty log was read.
     pub dirty_sync_count: u64,
     /// Bytes of a page.
@@ -145,6 +147,15 @@ pub struct Ram {
     pub precopy_bytes: u64,
     /// Bytes sent while the guest was stopped.
     pub downtime_bytes: u64,
+    /// 0, as all that follows: QEMU's clients expect them, and there is no postcopy, no multifd and no
+    /// zero-copy here.
+    pub postcopy_bytes: u64,
+    /// Pages that a destination asked for.
+    pub postcopy_requests: u64,
+    /// Bytes that went over further connections.
+    pub multifd_bytes: u64,
+    /// Times that the kernel copied what it was not to.
+    pub dirty_sync_missed_zero_copy: u64,
 }
 
 impl Ram {
