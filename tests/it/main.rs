@@ -28,3 +28,4 @@ mod state;
 mod stock;
 mod trace;
 mod usdt;
+mod watch;

@@ -16,3 +16,4 @@ pub mod report;
 pub mod sets;
 pub mod stats;
 pub mod usdt;
+pub mod watch;

@@ -37,7 +37,7 @@ pub use child::Child;
 pub use object::object;
 pub use process::{with_exe, with_name, with_vm};
 pub use programs::{Options, Programs};
-pub use recorder::{Recorder, Summary};
+pub use recorder::{Recorder, Summary, Totals};
 pub use sources::{Coverage, Refusal, Source};
 
 /// Why nothing could be recorded.

@@ -3,6 +3,7 @@
 use std::collections::{HashMap, HashSet};
 use std::fs::File;
 use std::io;
+use std::mem;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::time::{Duration, Instant};
@@ -60,6 +61,17 @@ pub struct Summary {
     pub cost: Cost,
     /// Events that found no room in the ring buffer.
     pub lost: u64,
+}
+
+/// What a recorder has done since it began.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Totals {
+    /// Events that came out of the ring buffer.
+    pub events: u64,
+    /// Events that found no room in it.
+    pub lost: u64,
+    /// CPU time of this process, ns.
+    pub cpu_ns: u64,
 }
 
 impl Recorder {
@@ -166,8 +178,17 @@ impl Recorder {
     /// # Errors
     /// [`Error::System`], [`Error::Map`] and [`Error::Recording`].
     pub fn turn(&mut self) -> Result<(), Error> {
+        self.turn_seeing(&mut |_, _| {})
+    }
+
+    /// As [`turn`](Self::turn), and shows each frame that has arrived, with its probe's name if it is
+    /// a hit.
+    ///
+    /// # Errors
+    /// The same.
+    pub fn turn_seeing(&mut self, see: &mut dyn FnMut(&Frame, &str)) -> Result<(), Error> {
         let ended = self.wait()?;
-        for pid in self.drain()? {
+        for pid in self.drain(see)? {
             // Without its probes, or its name if it is gone already, its ioctls are recorded still.
             let _ = self.add(pid);
         }
@@ -187,6 +208,44 @@ impl Recorder {
         Ok(())
     }
 
+    /// Ends the file, and goes on in another one at `output`, which stands by itself.
+    ///
+    /// # Errors
+    /// As for [`turn`](Self::turn).
+    pub fn rotate(&mut self, output: &Path) -> Result<(), Error> {
+        self.drain(&mut |_, _| {})?;
+        self.check_lost()?;
+        self.write_state()?;
+        let next = Writer::create(output, header(&self.coverage))?;
+        mem::replace(&mut self.writer, next).finish(clock::monotonic())?;
+        let known = self.translator.sites.probes().cloned().map(Frame::Probe);
+        self.frames.extend(known);
+        let processes = self.processes.iter();
+        self.frames
+            .extend(processes.map(|process| Frame::Process(process.describe())));
+        self.write_state()
+    }
+
+    /// What it has recorded so far.
+    pub fn totals(&self) -> Totals {
+        Totals {
+            events: self.events,
+            lost: self.lost,
+            cpu_ns: clock::own_cpu(),
+        }
+    }
+
+    /// Writes the last edges of every vCPU, and the names of all threads.
+    fn write_state(&mut self) -> Result<(), Error> {
+        for (tid, edges) in self.programs.runs() {
+            self.translator.edges(tid, &edges, &mut self.frames);
+        }
+        for process in &self.processes {
+            self.frames.extend(self.translator.threads_of(process.pid));
+        }
+        self.write_frames()
+    }
+
     /// Writes what is left, ends the file and detaches, in this order: without a multi-link the last
     /// takes seconds.
     ///
@@ -196,14 +255,9 @@ impl Recorder {
         for process in &self.processes {
             self.programs.remove_target(process.pid)?;
         }
-        self.drain()?;
+        self.drain(&mut |_, _| {})?;
         self.check_lost()?;
-        for (tid, edges) in self.programs.runs() {
-            self.translator.edges(tid, &edges, &mut self.frames);
-        }
-        for process in &self.processes {
-            self.frames.extend(self.translator.threads_of(process.pid));
-        }
+        self.write_state()?;
         let bpf = self
             .stats
             .take()
@@ -252,7 +306,7 @@ impl Recorder {
     }
 
     /// Writes what has arrived; gives the processes that it is of and that were not known.
-    fn drain(&mut self) -> Result<Vec<u32>, Error> {
+    fn drain(&mut self, see: &mut dyn FnMut(&Frame, &str)) -> Result<Vec<u32>, Error> {
         let mut strangers = Vec::new();
         while let Some(record) = self.programs.records.next() {
             self.events += 1;
@@ -265,6 +319,11 @@ impl Recorder {
             }
             self.translator.translate(&record, &mut self.frames);
             for frame in self.frames.drain(..) {
+                let probe = match &frame {
+                    Frame::Hit(hit) => self.translator.sites.name(hit.probe),
+                    _ => "",
+                };
+                see(&frame, probe);
                 self.writer.write(&frame)?;
             }
         }
@@ -284,7 +343,7 @@ impl Recorder {
     /// Attaches to the programs that processes have turned into: monitors are often started by a
     /// script that ends in `exec`.
     fn follow_execs(&mut self) -> Result<(), Error> {
-        let mut processes = std::mem::take(&mut self.processes);
+        let mut processes = mem::take(&mut self.processes);
         for process in &mut processes {
             if process.has_changed() {
                 self.translator.fds.forget(process.pid);

@@ -171,6 +171,17 @@ impl Sites {
         self.probes.get(*self.sites.get(cookie as usize)? as usize)
     }
 
+    /// Every probe that was met.
+    pub(super) fn probes(&self) -> impl Iterator<Item = &ProbeDef> {
+        self.probes.iter()
+    }
+
+    /// The name of the probe with that id; empty for none.
+    pub(super) fn name(&self, id: u32) -> &str {
+        let probe = self.probes.get(id as usize);
+        probe.map_or("", |probe| probe.name.as_str())
+    }
+
     /// The probe of a site: an earlier one of the same form, or a new one.
     fn probe(&mut self, site: &Site, new: &mut Vec<ProbeDef>) -> &ProbeDef {
         let args = arguments(site);

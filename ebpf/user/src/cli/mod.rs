@@ -10,6 +10,7 @@ mod merge;
 mod print;
 mod record;
 mod report;
+mod watch;
 
 use std::process::ExitCode;
 use std::time::Duration;
@@ -41,6 +42,7 @@ Exit codes:
 #[derive(Debug, Subcommand)]
 enum Verb {
     Record(record::Args),
+    Watch(watch::Args),
     Report(report::Args),
     Export(export::Args),
     Merge(merge::Args),
@@ -85,6 +87,7 @@ impl From<Outcome> for ExitCode {
 pub fn run(cli: Cli) -> anyhow::Result<Outcome> {
     match cli.verb {
         Verb::Record(args) => record::run(&args),
+        Verb::Watch(args) => watch::run(&args),
         Verb::Report(args) => report::run(&args),
         Verb::Merge(args) => merge::run(&args),
         Verb::Export(args) => export::run(&args),
