@@ -97,7 +97,8 @@ pub struct Row {
     /// Further runs of each set that should settle it, if it is open and that many make sense.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub more_runs: Option<usize>,
-    /// Of a regression: the span inside that has most of it.
+    /// Of a regression: the span inside that has most of it, for certain, or, of a figure of the whole
+    /// migration, most likely.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub through: Option<String>,
     /// Whether it is faster, by more than the threshold and not by chance.
@@ -158,14 +159,21 @@ impl Check {
         }
     }
 
-    /// The regressions that no regression inside explains, the largest slowdown first: what to look
-    /// at.
+    /// The regressions that no span inside explains, and the spans that explain a regression without
+    /// being certain ones themselves, the largest slowdown first: what to look at.
     pub fn culprits(&self) -> Vec<&Row> {
-        let regressed = self
+        let regressed = |row: &Row| row.judged && row.verdict == Verdict::Regression;
+        let through: Vec<_> = self
             .rows
             .iter()
-            .filter(|row| row.judged && row.verdict == Verdict::Regression);
-        let mut culprits: Vec<_> = regressed.filter(|row| row.through.is_none()).collect();
+            .filter(|row| regressed(row))
+            .filter_map(|row| row.through.as_deref())
+            .collect();
+        let is_culprit = |row: &&Row| match regressed(row) {
+            true => row.through.is_none(),
+            false => row.judged && through.contains(&row.key.to_string().as_str()),
+        };
+        let mut culprits: Vec<_> = self.rows.iter().filter(is_culprit).collect();
         culprits.sort_by_key(|row| std::cmp::Reverse(row.shift_ns));
         culprits
     }
@@ -243,7 +251,7 @@ fn rows(comparisons: &[Comparison], settings: &Settings) -> Vec<Row> {
             row(c, *role, (p, tests), threshold(c), settings)
         })
         .collect();
-    explain(rows, comparisons)
+    suspect(explain(rows, comparisons), comparisons, settings.alpha)
 }
 
 fn role(c: &Comparison, threshold_ns: i64, settings: &Settings) -> Role {
@@ -371,6 +379,36 @@ fn explain(mut rows: Vec<Row>, comparisons: &[Comparison]) -> Vec<Row> {
         let share = THROUGH * row.shift_ns.unwrap_or(0) as f64;
         row.through = largest
             .filter(|(.., shift_ns)| *shift_ns as f64 >= share)
+            .map(|(key, ..)| key.to_string());
+    }
+    rows
+}
+
+/// Names the likeliest span for a figure of the whole migration that got worse while no span did for
+/// certain. That something is slower is known then, so what is asked of a span is less: to be slow
+/// beyond chance by itself, uncorrected, and by as much as explains the figure.
+fn suspect(mut rows: Vec<Row>, comparisons: &[Comparison], alpha: f64) -> Vec<Row> {
+    let slow: Vec<_> = rows
+        .iter()
+        .zip(comparisons)
+        .filter(|(row, c)| row.judged && row.key.side.is_some() && c.p_slower < alpha)
+        .map(|(row, c)| (row.key.clone(), c.parent.clone(), row.shift_ns.unwrap_or(0)))
+        .collect();
+    for row in &mut rows {
+        let regressed = row.judged && row.verdict == Verdict::Regression;
+        if !regressed || row.key.side.is_some() || row.through.is_some() {
+            continue;
+        }
+        let enough = THROUGH * row.shift_ns.unwrap_or(0) as f64;
+        let likely = || slow.iter().filter(|(.., ns)| *ns as f64 >= enough);
+        let has_inner = |outer: &Key| {
+            likely().any(|(inner, parent, _)| {
+                inner.side == outer.side && parent.as_deref() == Some(&outer.name)
+            })
+        };
+        let innermost = likely().filter(|(key, ..)| !has_inner(key));
+        row.through = innermost
+            .max_by_key(|(.., shift_ns)| *shift_ns)
             .map(|(key, ..)| key.to_string());
     }
     rows

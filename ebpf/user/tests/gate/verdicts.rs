@@ -48,6 +48,21 @@ fn equal_sets_pass() {
 }
 
 #[test]
+fn few_runs_name_the_likeliest_handler_of_a_longer_downtime() {
+    // As clear as five runs can be: enough for the downtime, too little for one span of many.
+    let check = check(
+        &migrations(5, 50_000, 1),
+        &migrations(5, 500_000, 2),
+        Settings::default(),
+    );
+    assert_eq!(check.verdict, Verdict::Regression, "{}", plain(&check));
+    let row = |name: &str| check.rows.iter().find(|row| row.key.to_string() == name);
+    assert_eq!(row("downtime").unwrap().through.as_deref(), Some(HANDLER));
+    assert_ne!(row(HANDLER).unwrap().verdict, Verdict::Regression);
+    assert_eq!(check.culprits()[0].key.to_string(), HANDLER);
+}
+
+#[test]
 fn a_slower_handler_is_found_and_named() {
     let check = check(
         &migrations(20, 50_000, 1),
