@@ -61,7 +61,8 @@ fn perf_records_a_migration_by_its_probes() -> Result<()> {
         .stdin(Stdio::null())
         .stdout(Stdio::null())
         .stderr(Stdio::null())
-        .spawn()?;
+        .spawn()
+        .context("perf record")?;
     thread::sleep(ATTACH);
     let answer = pair.source.qmp.migrate(&pair.uri, LIMIT)?;
     ensure!(answer["status"] == "completed", "{answer}");

@@ -5,7 +5,7 @@ use std::fs;
 use std::path::PathBuf;
 
 use anyhow::{Context, Result};
-use blackout_abi::probes::{ArgKind, PROBES, Probe, SPANS};
+use blackout_abi::probes::{ArgKind, PROBES, Probe, SPANS, Span};
 
 use super::Finding;
 use crate::paths;
@@ -62,32 +62,36 @@ fn head(name: &str, what: &str) -> String {
 }
 
 /// Every span as it ends, with its depth: the children of a span stand above it.
+///
+/// Each probe is attached once: bpftrace before 0.18 mixes up the programs of one probe's two actions.
 fn downtime() -> Result<String> {
     let mut text = head(
         "downtime.bt",
         "What a migration does, span by span, and how long each takes.",
     );
     text += "BEGIN { printf(\"depth      took us  span\\n\"); }\n\n";
-    let begins: Result<Vec<_>> = SPANS
-        .iter()
-        .map(|span| attach(&format!("{}_begin", span.name)))
-        .collect();
-    text += &begins?.join(",\n");
-    text += "\n{\n  @depth[tid]++;\n  @from[tid, @depth[tid]] = nsecs;\n}\n\n";
+    let is_named = |span: &&Span| {
+        let first = span.begin.first();
+        first.is_some_and(|arg| matches!(arg.kind, ArgKind::Str) && arg.name == "name")
+    };
+    let begin = |spans: Vec<&Span>, more: &str| {
+        let begins = spans
+            .iter()
+            .map(|span| attach(&format!("{}_begin", span.name)));
+        let begins = begins.collect::<Result<Vec<_>>>()?.join(",\n");
+        anyhow::Ok(format!(
+            "{begins}\n{{\n  @depth[tid]++;\n  @from[tid, @depth[tid]] = nsecs;\n{more}}}\n\n"
+        ))
+    };
+    let (named, unnamed): (Vec<_>, Vec<_>) = SPANS.iter().partition(is_named);
+    // What tells spans of one name apart has to be kept from begin to end.
+    text += &begin(named, "  @name[tid, @depth[tid]] = str(arg0);\n")?;
+    text += &begin(unnamed, "")?;
     for span in SPANS {
         let end = attach(&format!("{}_end", span.name))?;
-        let named = span
-            .begin
-            .first()
-            .filter(|arg| matches!(arg.kind, ArgKind::Str) && arg.name == "name");
-        // What tells spans of one name apart has to be kept from begin to end.
-        let (format, value) = match named {
-            Some(_) => {
-                let begin = attach(&format!("{}_begin", span.name))?;
-                text += &format!("{begin} {{ @name[tid, \"{}\"] = str(arg0); }}\n", span.name);
-                (" %s", format!(", @name[tid, \"{}\"]", span.name))
-            }
-            None => ("", String::new()),
+        let (format, value) = match is_named(&span) {
+            true => (" %s", ", @name[tid, @depth[tid]]"),
+            false => ("", ""),
         };
         text += &format!(
             "{end} /@depth[tid] > 0/ {{\n  \

@@ -3,7 +3,8 @@
 use std::io::{self, BufRead, BufReader, Read, Write};
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::time::Duration;
+use std::thread;
+use std::time::{Duration, Instant};
 
 use serde_json::{Value, json};
 
@@ -11,6 +12,10 @@ use super::Error;
 
 /// How long an answer may take.
 const ANSWER: Duration = Duration::from_secs(60);
+
+/// How long it may take from the socket's being there until someone listens, and how often to try.
+const LISTEN: Duration = Duration::from_secs(10);
+const POLL: Duration = Duration::from_millis(2);
 
 /// The longest line that is read.
 const LINE_MAX: u64 = 1 << 24;
@@ -24,10 +29,22 @@ pub(super) struct Qmp {
 impl Qmp {
     /// Connects to the socket at `path`, and negotiates.
     pub(super) fn connect(monitor: &'static str, path: &Path) -> Result<Self, Error> {
-        let connect = || {
-            let stream = UnixStream::connect(path)?;
-            stream.set_read_timeout(Some(ANSWER))?;
-            Ok(BufReader::new(stream))
+        let deadline = Instant::now() + LISTEN;
+        let connect = || loop {
+            match UnixStream::connect(path) {
+                // The socket is there a moment before anyone listens.
+                Err(error)
+                    if error.kind() == io::ErrorKind::ConnectionRefused
+                        && Instant::now() < deadline =>
+                {
+                    thread::sleep(POLL);
+                }
+                Err(error) => return Err(error),
+                Ok(stream) => {
+                    stream.set_read_timeout(Some(ANSWER))?;
+                    return Ok(BufReader::new(stream));
+                }
+            }
         };
         let stream = connect().map_err(|source| Error::Qmp { monitor, source })?;
         let mut qmp = Self { monitor, stream };
