@@ -169,8 +169,8 @@ impl fmt::Display for Package {
 
 /// Modules that testbeds and guests load.
 const MODULES: [&str; 14] = [
-    "virtio",
     "virtio_ring",
+    "virtio",
     "virtio_pci_modern_dev",
     "virtio_pci_legacy_dev",
     "virtio_pci",

@@ -2,7 +2,7 @@
 # The first process of the tests' Linux guests: loads what drivers there are and gives the serial
 # console a shell. It says "guest: ready" when a command can be typed.
 export PATH=/bin:/sbin HOME=/root PS1=
-/bin/busybox mkdir -p /proc /sys /dev /tmp /root /run /sbin
+/bin/busybox mkdir -p /proc /sys /dev /tmp /mnt /root /run /sbin
 /bin/busybox --install -s /bin
 mount -t proc proc /proc
 mount -t sysfs sys /sys
@@ -23,12 +23,11 @@ ip link set lo up
 # A disk with a whole system goes on from here.
 root=$(sed -n 's/.*root=\([^ ]*\).*/\1/p' /proc/cmdline)
 if [ -n "$root" ]; then
-    mkdir -p /root/disk
-    mount -t ext4 "$root" /root/disk
+    mount -t ext4 "$root" /mnt
     for folder in proc sys dev; do
-        mount -o move "/$folder" "/root/disk/$folder"
+        mount -o move "/$folder" "/mnt/$folder"
     done
-    exec switch_root /root/disk /sbin/init
+    exec switch_root /mnt /sbin/init
 fi
 
 # The power button, if a driver reports it: 24-byte records, of which the key's begins after 16.
