@@ -1,7 +1,8 @@
 //! What the program `blackout` is made of; a library so that tests and tools can use it.
 //!
-//! Imports go one way: [`cli`] → [`bench`], [`html`] → [`gate`] → [`sets`] → [`report`], [`export`] → [`analysis`] →
-//! [`recording`] → `blackout-abi`. [`usdt`], [`stats`] and [`foreign`] stand by themselves.
+//! Imports go one way: [`cli`] → [`mod@bench`], [`html`] → [`gate`] → [`sets`] → [`report`],
+//! [`export`] → [`analysis`] → [`recording`] → `blackout-abi`. [`usdt`], [`stats`] and [`foreign`]
+//! stand by themselves.
 
 pub mod analysis;
 pub mod bench;
