@@ -53,7 +53,7 @@ fn number(shell: &mut Shell, command: &str) -> Result<u64> {
 fn boots(kernel: &str, cpus: u32) -> Result<()> {
     let (mut vmm, mut shell) = boot(&machine(kernel, cpus))?;
     let release = shell.run("uname -r", ANSWER)?;
-    let series = kernel.trim_start_matches("kernel-");
+    let series = kernel.rsplit('-').next().unwrap_or_default();
     ensure!(release.starts_with(&format!("{series}.")), "{release}");
     ensure!(number(&mut shell, "nproc")? == u64::from(cpus));
     // The clock of the day, from the PL031 or kvmclock, is this machine's.
@@ -92,6 +92,15 @@ fn linux_6_12_boots_with_two_vcpus() -> Result<()> {
 fn linux_6_1_boots_with_one_vcpu() -> Result<()> {
     need_linux!();
     boots(OLDEST, 1)
+}
+
+#[test]
+fn linux_6_12_boots_by_pvh() -> Result<()> {
+    need_linux!();
+    if ARCH != "x86_64" {
+        skip!("only x86-64 kernels have more than one way in");
+    }
+    boots("vmlinux-6.12", 1)
 }
 
 #[test]

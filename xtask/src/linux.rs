@@ -1,5 +1,7 @@
 //! The Linux guests of the tests: Debian's kernels, and the initramfs that they start from.
 
+mod vmlinux;
+
 use std::env::consts::ARCH;
 use std::fs;
 use std::path::PathBuf;
@@ -32,8 +34,8 @@ pub(crate) fn root_disk() -> Result<PathBuf> {
     Ok(paths::cache()?.join(format!("debian-{ARCH}.ext4")))
 }
 
-/// Makes the folder `target/linux/ARCH` with the guests' files: `kernel-SERIES`, `initramfs`, and a
-/// copy of the [`root_disk`] as `root`, if that is there.
+/// Makes the folder `target/linux/ARCH` with the guests' files: `kernel-SERIES`, on x86-64
+/// `vmlinux-6.12`, `initramfs`, and a copy of the [`root_disk`] as `root`, if that is there.
 ///
 /// # Errors
 /// When `cargo xtask setup` has not fetched the kernels.
@@ -48,6 +50,9 @@ pub(crate) fn prepare(arch: Arch) -> Result<PathBuf> {
         let copy = folder.join(&name);
         fs::copy(&kernel.image, &copy)
             .with_context(|| format!("cannot write {}", copy.display()))?;
+        if arch == Arch::X86_64 && package.series == Series::V6_12 {
+            vmlinux::extract(&kernel.image, &folder.join("vmlinux-6.12"))?;
+        }
         // `uname -r` tells the guest's init which ones are its own.
         let own = match package.flavour {
             Flavour::Generic => format!("{}-generic", package.series),

@@ -109,6 +109,10 @@ fn needs(purposes: &[Purpose]) -> Vec<Box<dyn Need>> {
             name: "qemu-system-x86_64",
             package: "qemu-system-x86",
         }));
+        needs.push(Box::new(Program {
+            name: "zstd",
+            package: "zstd",
+        }));
         needs.push(Box::new(Package::testbed(Series::V6_12, Arch::X86_64)));
         for arch in [Arch::Aarch64, Arch::X86_64] {
             for series in Series::ALL {
