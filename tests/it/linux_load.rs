@@ -5,8 +5,8 @@ use std::io::{BufRead, BufReader};
 use std::net::TcpListener;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::{Arc, Mutex};
 use std::thread;
 use std::time::{Duration, Instant};
 
@@ -77,23 +77,60 @@ impl Stream {
     }
 }
 
-/// Pings, once a second, until killed.
-struct Pings(Child);
+/// How often the guest is pinged, in seconds.
+const PING_INTERVAL: &str = "0.1";
+
+/// By how much the guest may seem away longer than it was: its first answers wait for a busy,
+/// emulated machine.
+const LATE: Duration = Duration::from_secs(5);
+
+/// Pings until killed.
+struct Pings {
+    ping: Child,
+    /// When each answer came.
+    answers: Arc<Mutex<Vec<Instant>>>,
+    reader: thread::JoinHandle<()>,
+}
 
 impl Pings {
     fn start() -> Result<Self> {
         let mut ping = Command::new("ping");
-        ping.arg(ADDRESS.to_string());
-        let child = ping.stdout(Stdio::piped()).spawn().context("ping")?;
-        Ok(Pings(child))
+        ping.args(["-i", PING_INTERVAL, &ADDRESS.to_string()]);
+        let mut ping = ping.stdout(Stdio::piped()).spawn().context("ping")?;
+        let output = BufReader::new(ping.stdout.take().context("ping's output")?);
+        let answers = Arc::new(Mutex::new(Vec::new()));
+        let noted = Arc::clone(&answers);
+        let reader = thread::spawn(move || {
+            for line in output.lines().map_while(Result::ok) {
+                if line.contains("seq=") {
+                    noted.lock().unwrap().push(Instant::now());
+                }
+            }
+        });
+        Ok(Pings {
+            ping,
+            answers,
+            reader,
+        })
+    }
+
+    /// The longest time without an answer since `start`.
+    fn longest_gap(&self, start: Instant) -> Duration {
+        let answers = self.answers.lock().unwrap();
+        let since = answers.iter().filter(|&&answer| answer >= start);
+        let mut last = start;
+        let gaps = since.map(|&answer| answer - std::mem::replace(&mut last, answer));
+        gaps.max().unwrap_or_default()
     }
 
     /// How many were answered.
     fn end(mut self) -> Result<usize> {
-        self.0.kill()?;
-        let output = self.0.wait_with_output()?;
-        let said = String::from_utf8_lossy(&output.stdout);
-        Ok(said.lines().filter(|line| line.contains("seq=")).count())
+        self.ping.kill()?;
+        self.ping.wait()?;
+        if self.reader.join().is_err() {
+            bail!("the reader panicked");
+        }
+        Ok(self.answers.lock().unwrap().len())
     }
 }
 
@@ -169,9 +206,19 @@ fn moves_under_load(series: &str, cpus: u32, hops: usize) -> Result<()> {
     let stream = Stream::start(&mut guest)?;
     let pings = Pings::start()?;
     for hop in 1..=hops {
+        let start = Instant::now();
         let moved = guest.migrate(&extra(hop), Some((&bridge, taps[hop % 2])));
-        moved.with_context(|| format!("hop {hop}"))?;
+        let moved = moved.with_context(|| format!("hop {hop}"))?;
         stream.goes_on().with_context(|| format!("hop {hop}"))?;
+        let downtime = moved["blackout"]["downtime-ns"].as_u64();
+        let downtime = Duration::from_nanos(downtime.context("no downtime")?);
+        let silent = pings.longest_gap(start);
+        println!("hop {hop}: {silent:.1?} without an answer to a ping, downtime {downtime:.1?}");
+        ensure!(silent < downtime + LATE, "hop {hop}: the network was away");
+        ensure!(
+            silent > downtime / 2,
+            "hop {hop}: a guest that is stopped answers"
+        );
         // Every queue that has work still interrupts.
         let queues = [
             "virtio0-req",
