@@ -41,11 +41,11 @@ fn its_state_arrives_whole_with_a_two_level_device_table() -> Result<()> {
 }
 
 #[test]
-fn its_that_has_no_room_for_a_device_fails_the_migration_alone() -> Result<()> {
+fn its_with_a_device_outside_ram_fails_the_migration_alone() -> Result<()> {
     if ARCH != "aarch64" {
         skip!("only arm64 has an ITS");
     }
-    fails_alone(1, "Invalid argument")
+    fails_alone(1)
 }
 
 #[test]
@@ -53,7 +53,7 @@ fn its_with_a_table_outside_ram_fails_the_migration_alone() -> Result<()> {
     if ARCH != "aarch64" {
         skip!("only arm64 has an ITS");
     }
-    fails_alone(2, "Bad address")
+    fails_alone(2)
 }
 
 /// Migrates a guest with an LPI that is pending. At the destination RAM is the same at the
@@ -94,7 +94,7 @@ fn arrives_whole(cpus: u32, words: &str) -> Result<()> {
 
 /// Has the guest spoil its ITS: the migration fails, QMP says why, and the guest runs on. Mended,
 /// it migrates.
-fn fails_alone(how: u64, why: &str) -> Result<()> {
+fn fails_alone(how: u64) -> Result<()> {
     let options = options(1, "");
     let mut source = Vmm::spawn(&options)?;
     let guest = GuestView::open(source.pid())?;
@@ -106,7 +106,10 @@ fn fails_alone(how: u64, why: &str) -> Result<()> {
     let answer = source.qmp.migrate(&uri, LIMIT)?;
     ensure!(answer["status"] == "failed", "{answer}");
     let error = answer["error-desc"].as_str().unwrap_or_default();
-    ensure!(error.contains("its") && error.contains(why), "{error}");
+    ensure!(
+        error.contains("its") && error.contains("Bad address"),
+        "{error}"
+    );
     ensure!(source.qmp.status()? == "running");
     ensure!(destination.qmp.status()? != "running");
     guest.wait_progress(0, LIMIT)?;

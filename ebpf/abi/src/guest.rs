@@ -77,8 +77,10 @@ pub mod command {
     /// Unmask interrupts and wait for the pending LPI: `result` is its INTID (x86-64: its vector), 0
     /// if none came.
     pub const TAKE_PENDING: u64 = 3;
-    /// Spoil the ITS so that its save fails, the way `argument` says: 1 shrinks GITS_BASER<0> (devices) below a
-    /// mapped DeviceID (EINVAL), 2 points GITS_BASER<1> (collections) where no RAM is (EFAULT).
+    /// Spoil the ITS so that it can't be moved (EFAULT), the way `argument` says: 1 maps a device without
+    /// events whose interrupt translation table is where no RAM is, which only the restore reads; 2
+    /// points GITS_BASER<1> (collections) there, which the save writes. A device table that is too small
+    /// will not do: Linux 6.12.117 saves it without an error.
     pub const BREAK_ITS: u64 = 4;
     /// Undo [`BREAK_ITS`] and map everything again.
     pub const MEND_ITS: u64 = 5;

@@ -81,8 +81,7 @@ impl Its {
                 value: gits::BASER_FLAGS | arena.take(TABLE_PAGE, TABLE_PAGE)?,
                 ..collections
             },
-            // One more than there are devices: see `break_tables`.
-            itts: arena.take(itt_size * u64::from(config.its_devices + 1), ITT_ALIGN)?,
+            itts: arena.take(itt_size * u64::from(config.its_devices), ITT_ALIGN)?,
             itt_size,
             nowhere: boot.ram_base + boot.ram_size.next_multiple_of(1 << 30) + (1 << 30),
         };
@@ -155,22 +154,19 @@ impl Its {
         self.queue.flush()
     }
 
-    /// Leaves the ITS so that its tables can't be saved: with a device that its table has no room
-    /// for, or with a collection table where no RAM is.
+    /// Leaves the ITS so that its tables can't be moved: with a device without events whose interrupt
+    /// translation table is where no RAM is, or with a collection table there.
     pub(crate) fn break_tables(&mut self, how: u64) -> Result<(), Failure> {
-        let mut device_table = self.device_table;
-        let mut collection_table = self.collection_table;
         if how == 1 {
-            self.map_device(self.spare_device(), self.devices)?;
-            self.queue.flush()?;
-            // All pages but the first go.
-            device_table.value &= !0xff;
-        } else {
-            collection_table.value = gits::BASER_FLAGS | self.nowhere;
+            let (device, bits) = (self.spare_device(), event_bits(self.events));
+            self.queue.push(queue::mapd(device, self.nowhere, bits))?;
+            return self.queue.flush();
         }
         self.registers.write(gits::CTLR, 0);
-        self.write_baser(device_table);
-        self.write_baser(collection_table);
+        self.write_baser(Baser {
+            value: gits::BASER_FLAGS | self.nowhere,
+            ..self.collection_table
+        });
         self.registers.write(gits::CTLR, gits::ENABLED);
         Ok(())
     }
