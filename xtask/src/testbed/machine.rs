@@ -31,6 +31,9 @@ pub(crate) enum Mode {
 /// The line that parts the output of a run that hung from the output of its repetition.
 pub(crate) const STARTED_AGAIN: &str = "testbed: an emulated CPU hung; starting again";
 
+/// How often a testbed is started before its hangs are taken for something else.
+const ATTEMPTS: u32 = 3;
+
 /// A testbed to be started, with the files that it will hold.
 pub(crate) struct Testbed {
     kernel: Kernel,
@@ -154,8 +157,8 @@ impl Testbed {
     /// Every line that it prints on standard output or standard error is handed to `line` at once.
     /// `/share/out` in the testbed is emptied first and is `share()/out` here afterwards.
     ///
-    /// When an emulated CPU hangs, `line` gets [`STARTED_AGAIN`], and the program runs once more from
-    /// its start.
+    /// When an emulated CPU hangs, `line` gets [`STARTED_AGAIN`], and the program runs again from its
+    /// start.
     ///
     /// # Errors
     /// When QEMU cannot be started, when the testbed ends without reporting a status (a panic of
@@ -167,14 +170,16 @@ impl Testbed {
         mut line: impl FnMut(&str),
     ) -> Result<Finished> {
         // Once in a while an emulated CPU stops taking interrupts, whatever it runs.
-        if let Ended::Finished(finished) = self.boot(program, timeout, &mut line)? {
-            return Ok(finished);
+        for attempt in 0..ATTEMPTS {
+            if attempt > 0 {
+                line(STARTED_AGAIN);
+            }
+            if let Ended::Finished(finished) = self.boot(program, timeout, &mut line)? {
+                return Ok(finished);
+            }
         }
-        line(STARTED_AGAIN);
-        match self.boot(program, timeout, &mut line)? {
-            Ended::Finished(finished) => Ok(finished),
-            Ended::Hung => bail!("an emulated CPU hung, twice\n{}", self.kernel_log()),
-        }
+        let log = self.kernel_log();
+        bail!("an emulated CPU hung, {ATTEMPTS} times\n{log}")
     }
 
     fn boot(&self, program: &[&str], timeout: Duration, line: impl FnMut(&str)) -> Result<Ended> {
