@@ -22,6 +22,7 @@ mod probes;
 mod qmp;
 mod recorded;
 mod reset;
+mod rights;
 mod scripts;
 mod shutdown;
 mod state;

@@ -4,13 +4,13 @@ use std::env::consts::ARCH;
 use std::fs;
 use std::io;
 use std::os::unix::fs::MetadataExt;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use aya::{Btf, BtfError};
 use rustix::mount::{MountFlags, mount};
-use rustix::thread::{CapabilitySet, capabilities};
 
 use super::Error;
+use super::rights::{self, Held, Right};
 use crate::usdt::Uprobes;
 
 /// The initial pid namespace (`PROC_PID_INIT_INO`, `include/linux/proc_ns.h`).
@@ -115,8 +115,8 @@ pub struct Fact {
 
 /// Looks at everything that attaching depends on, without attaching anything.
 pub fn survey() -> Vec<Fact> {
-    let mut facts: Vec<_> = RIGHTS.map(|(name, right)| capability(name, right)).into();
-    facts.extend([ptrace(), tracefs(), uprobes(), semaphores(), btf_fact()]);
+    let mut facts: Vec<_> = rights::ALL.map(capability).into();
+    facts.extend([tracefs(), uprobes(), semaphores(), btf_fact()]);
     facts.extend(lockdown());
     facts.extend([kvm(), namespace()]);
     facts
@@ -133,66 +133,54 @@ fn fact(name: &'static str, result: Result<String, String>, help: &'static str) 
     }
 }
 
-/// The capabilities that loading takes. CAP_SYS_ADMIN stood for both before Linux 5.8, and still
-/// does.
-const RIGHTS: [(&str, CapabilitySet); 2] = [
-    ("CAP_BPF", CapabilitySet::BPF),
-    ("CAP_PERFMON", CapabilitySet::PERFMON),
-];
-
 /// # Errors
-/// [`Error::Rights`] with the first of the needed capabilities that this process lacks.
+/// [`Error::Rights`] with the first of the rights that loading takes and this process lacks.
 pub(super) fn check_rights() -> Result<(), Error> {
-    let Ok(sets) = capabilities(None) else {
-        // The kernel will say itself what it refuses.
-        return Ok(());
-    };
-    let has =
-        |right| sets.effective.contains(right) || sets.effective.contains(CapabilitySet::SYS_ADMIN);
-    match RIGHTS.iter().find(|(_, right)| !has(*right)) {
-        Some((name, _)) => Err(Error::Rights(name)),
-        None => Ok(()),
+    if let Some(right) = rights::missing() {
+        return Err(Error::Rights(right));
+    }
+    match tracefs_id() {
+        Err(denied) if denied.kind() == io::ErrorKind::PermissionDenied => {
+            Err(Error::Rights(rights::DAC_READ_SEARCH))
+        }
+        _ => Ok(()),
     }
 }
 
-fn capability(name: &'static str, wanted: CapabilitySet) -> Fact {
-    let result = match capabilities(None) {
-        Ok(sets) if sets.effective.contains(wanted) => Ok("yes".to_string()),
-        Ok(sets) if sets.effective.contains(CapabilitySet::SYS_ADMIN) => {
-            Ok("by CAP_SYS_ADMIN".to_string())
+/// Reads from tracefs what attaching reads; gives the path.
+fn tracefs_id() -> io::Result<PathBuf> {
+    let mut result = Err(io::Error::new(io::ErrorKind::NotFound, "not mounted"));
+    for root in TRACEFS {
+        let id = Path::new(root).join("events/syscalls/sys_enter_ioctl/id");
+        match fs::read(&id) {
+            Ok(_) => return Ok(id),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+            Err(error) => result = Err(error),
         }
-        Ok(_) => Err("no".to_string()),
-        Err(error) => Err(error.to_string()),
-    };
-    fact(
-        name,
-        result,
-        "run as root, or: setcap cap_bpf,cap_perfmon,cap_sys_ptrace+ep blackout",
-    )
+    }
+    result
 }
 
-fn ptrace() -> Fact {
-    let mut fact = capability("CAP_SYS_PTRACE", CapabilitySet::SYS_PTRACE);
-    fact.optional = true;
-    fact.help = "without it only processes of the same user can be recorded";
+fn capability(right: Right) -> Fact {
+    let result = match right.held() {
+        Ok(Held::Yes) => Ok("yes".to_string()),
+        Ok(Held::BySysAdmin) => Ok("by CAP_SYS_ADMIN".to_string()),
+        Ok(Held::No) => Err(format!("no; it is needed to {}", right.what_for)),
+        Err(error) => Err(error.to_string()),
+    };
+    let help = "run as root, or: setcap \
+                cap_bpf,cap_perfmon,cap_sys_ptrace,cap_dac_read_search+ep blackout";
+    let mut fact = fact(right.name, result, help);
+    fact.optional = ![rights::BPF, rights::PERFMON].contains(&right);
     fact
 }
 
 fn tracefs() -> Fact {
-    let ids = TRACEFS.map(|root| Path::new(root).join("events/syscalls/sys_enter_ioctl/id"));
-    let mut result = Err("not mounted".to_string());
-    for id in ids {
-        match fs::read_to_string(&id) {
-            Ok(_) => {
-                result = Ok(format!("{} is readable", id.display()));
-                break;
-            }
-            Err(error) if error.kind() == io::ErrorKind::NotFound => {}
-            Err(error) => result = Err(format!("{}: {error}", id.display())),
-        }
-    }
-    let help = "mount -t tracefs tracefs /sys/kernel/tracing, and be root or in its group; the \
-                kernel needs CONFIG_FTRACE_SYSCALLS";
+    let result = tracefs_id()
+        .map(|id| format!("{} is readable", id.display()))
+        .map_err(|error| error.to_string());
+    let help = "mount -t tracefs tracefs /sys/kernel/tracing; reading it takes root or \
+                CAP_DAC_READ_SEARCH, and the kernel needs CONFIG_FTRACE_SYSCALLS";
     fact("tracefs", result, help)
 }
 

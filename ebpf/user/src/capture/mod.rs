@@ -8,7 +8,8 @@
 //! One file for each question: what is loaded ([`programs`](Programs)), where it could be put
 //! ([`sources`](Source)) and what the kernel takes of that (`attach`), which probes are wanted and what their sites look like ([`sites`]), what a file
 //! descriptor stands for (`fds`), what a record means (`translate`), what a process is (`process`),
-//! how one is started so that no probe of it is missed ([`Child`]).
+//! how one is started so that no probe of it is missed ([`Child`]), which capabilities all that takes
+//! ([`rights`]).
 
 mod attach;
 mod child;
@@ -20,6 +21,7 @@ mod object;
 mod process;
 mod programs;
 mod recorder;
+pub mod rights;
 pub mod sites;
 mod sources;
 mod translate;
@@ -38,6 +40,7 @@ pub use object::object;
 pub use process::{with_exe, with_name, with_vm};
 pub use programs::{Options, Programs};
 pub use recorder::{Recorder, Summary, Totals};
+use rights::Right;
 pub use sources::{Coverage, Refusal, Source};
 
 /// Why nothing could be recorded.
@@ -57,9 +60,12 @@ pub enum Error {
         /// The system's reason.
         source: io::Error,
     },
-    /// The process lacks capabilities without which the kernel loads nothing.
-    #[error("the right {0} is missing: run as root (`blackout doctor` says more)")]
-    Rights(&'static str),
+    /// The process lacks a capability.
+    #[error(
+        "the right {} is missing, which it takes to {}: run as root (`blackout doctor` says more)",
+        .0.name, .0.what_for
+    )]
+    Rights(Right),
     /// The eBPF object could not be loaded.
     #[error("cannot load the eBPF object (`blackout doctor` says what this kernel lacks)")]
     Load(#[source] Box<EbpfError>),

@@ -82,12 +82,14 @@ fn inode((device, inode, ..): FileId) -> (u64, u64) {
 
 /// The processes that have a VM of KVM's open.
 pub fn with_vm() -> Vec<u32> {
-    let has_vm = |pid: &u32| {
-        let descriptors = descriptors(*pid);
-        let mut links = descriptors.iter().map(|(_, link)| link.to_string_lossy());
-        links.any(|link| link.starts_with("anon_inode:kvm-vm"))
-    };
-    all().filter(has_vm).collect()
+    all().filter(|pid| has_vm(*pid)).collect()
+}
+
+/// Whether the process has a VM of KVM's open.
+pub(super) fn has_vm(pid: u32) -> bool {
+    let descriptors = descriptors(pid);
+    let mut links = descriptors.iter().map(|(_, link)| link.to_string_lossy());
+    links.any(|link| link.starts_with("anon_inode:kvm-vm"))
 }
 
 /// The processes whose name, or whose program's file name, is `name`.

@@ -14,11 +14,12 @@ use rustix::io::Errno;
 
 use super::attach::UsdtProgram;
 use super::process::Process;
+use super::rights::{self, Later};
 use super::sites::Pattern;
 use super::translate::{self, Translator};
 use super::{Coverage, Error, Options, Programs, clock, process};
 use crate::recording::{Cost, Frame, Header, Writer};
-use crate::usdt::{Attachment, Uprobes};
+use crate::usdt::{self, Attachment, Uprobes};
 
 /// The ring buffer is looked at this often, as nobody is woken for single records.
 const TICK: Duration = Duration::from_millis(50);
@@ -32,8 +33,9 @@ pub struct Recorder {
     programs: Programs,
     coverage: Vec<Coverage>,
     uprobes: Uprobes,
-    /// By process; a process that turned into another program has one of each.
-    attached: Vec<(u32, Attachment)>,
+    /// By process, with the number of sites; a process that turned into another program has one of
+    /// each.
+    attached: Vec<(u32, usize, Attachment)>,
     processes: Vec<Process>,
     wanted: Vec<Pattern>,
     translator: Translator,
@@ -148,7 +150,8 @@ impl Recorder {
     /// Attaches to the probes of the program that the process runs now; gives their number.
     fn attach(&mut self, process: &Process) -> Result<usize, Error> {
         let pid = process.pid;
-        let added = self.translator.sites.add(&process.exe(), &self.wanted)?;
+        let sites = self.translator.sites.add(&process.exe(), &self.wanted);
+        let added = sites.map_err(|error| name_right(error, &process.exe()))?;
         for (cookie, spec) in &added.specs {
             self.programs.set_site(*cookie, spec)?;
         }
@@ -163,9 +166,34 @@ impl Recorder {
                 self.uprobes.attach(program, &exe, points, Some(pid))?
             }
         };
-        self.attached.push((pid, attachment));
+        self.attached.push((pid, added.sites.len(), attachment));
         self.translator.fds.scan(pid);
         Ok(added.sites.len())
+    }
+
+    /// Gives up all capabilities, but for those that it takes to attach to what is still to come:
+    /// every process of a recording of all, and what a process turns into that is no monitor yet,
+    /// neither by its probes nor by a VM. `signal` says that a command is to be given signals.
+    ///
+    /// Must be called before any other thread is started, and from then on nothing that has another
+    /// owner can be opened.
+    ///
+    /// # Errors
+    /// [`Error::System`].
+    pub fn give_up_rights(&mut self, signal: bool) -> Result<(), Error> {
+        let is_monitor = |pid: u32| {
+            let has_probes = |(owner, sites, _): &(u32, usize, _)| *owner == pid && *sites > 0;
+            self.attached.iter().any(has_probes) || process::has_vm(pid)
+        };
+        let mut processes = self.processes.iter();
+        let later = Later {
+            attach: self.all || !processes.all(|process| is_monitor(process.pid)),
+            signal,
+        };
+        rights::give_up(later, || self.programs.lost().is_ok()).map_err(|source| Error::System {
+            what: "give up rights".to_owned(),
+            source,
+        })
     }
 
     /// Whether any of the processes still lives, or others may come.
@@ -335,7 +363,7 @@ impl Recorder {
         self.programs.remove_target(pid)?;
         self.translator.fds.forget(pid);
         self.processes.retain(|process| process.pid != pid);
-        self.attached.retain(|(owner, _)| *owner != pid);
+        self.attached.retain(|(owner, ..)| *owner != pid);
         self.joined.remove(&pid);
         Ok(())
     }
@@ -385,6 +413,22 @@ impl Recorder {
             self.writer.write(&frame)?;
         }
         Ok(())
+    }
+}
+
+/// Names the right that is missing where a process's program may not be looked at.
+fn name_right(error: Error, exe: &Path) -> Error {
+    let denied = |error: &io::Error| error.kind() == io::ErrorKind::PermissionDenied;
+    match &error {
+        // The link of another user's process may not be followed.
+        Error::Read { path, source } if path == exe && denied(source) => {
+            Error::Rights(rights::SYS_PTRACE)
+        }
+        // The file that it leads to may not be read.
+        Error::Usdt(usdt::Error::Open { source, .. }) if denied(source) => {
+            Error::Rights(rights::DAC_READ_SEARCH)
+        }
+        _ => error,
     }
 }
 

@@ -27,6 +27,11 @@ use crate::capture::{self, Child, Coverage, Options, Recorder, Summary, object};
 /// Processes in containers are named by the ids that they have here. A COMMAND is given the signals
 /// that end a recording, and the recording goes on until it has ended; a second signal ends it at
 /// once.
+///
+/// Rights: CAP_BPF and CAP_PERFMON; CAP_DAC_READ_SEARCH where tracefs is root's alone, as it mostly is;
+/// CAP_SYS_PTRACE for processes of other users. All are given up once everything is attached. Kept are
+/// those four while something may still have to be attached to (--all, and a process that is no monitor
+/// yet), and CAP_KILL for a COMMAND. Only with CAP_SYS_ADMIN does the kernel say what the programs cost.
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXIT_CODES)]
 pub(super) struct Args {
@@ -128,6 +133,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<Outcome> {
     }
     let processes = pids.len() + usize::from(child.is_some());
     say_ready(args, recorder.coverage(), (processes, sites))?;
+    recorder.give_up_rights(child.is_some())?;
     let end = args.duration.map(|duration| Instant::now() + duration);
     let mut told = false;
     while end.is_none_or(|end| Instant::now() < end) && recorder.is_anyone_alive() {

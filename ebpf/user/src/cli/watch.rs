@@ -1,7 +1,7 @@
 //! `blackout watch`.
 
 use std::fs;
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpListener};
 use std::path::PathBuf;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
@@ -22,6 +22,9 @@ use crate::watch::{Watcher, http, migrations};
 /// away. The recordings that stay are read by `report` and the others. http://ADDRESS/metrics is
 /// OpenMetrics: histograms of downtime, blackout, table saves and handlers, which outlive the processes
 /// that migrated. Ends on SIGINT or SIGTERM.
+///
+/// It keeps the rights that attaching takes (CAP_BPF, CAP_PERFMON, CAP_SYS_PTRACE, CAP_DAC_READ_SEARCH),
+/// as VMs come and go, and gives up all others.
 #[derive(Debug, clap::Args)]
 #[command(after_help = super::EXIT_CODES)]
 pub(super) struct Args {
@@ -81,8 +84,11 @@ pub(super) fn run(args: &Args) -> anyhow::Result<Outcome> {
             eprintln!("blackout: process {pid}: {error}");
         }
     }
-    let address = http::serve(args.listen, metrics.clone())
+    let listener = TcpListener::bind(args.listen)
         .with_context(|| format!("cannot listen at {}", args.listen))?;
+    // The thread that answers has no more rights than this one.
+    recorder.give_up_rights(false)?;
+    let address = http::serve(listener, metrics.clone())?;
     eprintln!(
         "blackout: watching; http://{address}/metrics, recordings in {}",
         args.folder.display()

@@ -1,7 +1,7 @@
 //! `/metrics` over HTTP, for a scraper.
 
 use std::io;
-use std::net::SocketAddr;
+use std::net::{SocketAddr, TcpListener};
 use std::thread;
 
 use tiny_http::{Header, Method, Response, Server};
@@ -10,14 +10,14 @@ use super::metrics::Metrics;
 
 const TYPE: &str = "application/openmetrics-text; version=1.0.0; charset=utf-8";
 
-/// Hands the metrics out at `address` from a thread of its own, as long as the process lives. Gives the
-/// address, whose port the system chose if `address` has none.
+/// Hands the metrics out by `listener` from a thread of its own, as long as the process lives. Gives the
+/// address that it listens at.
 ///
 /// # Errors
-/// When the address cannot be listened at.
-pub fn serve(address: SocketAddr, metrics: Metrics) -> io::Result<SocketAddr> {
-    let server = Server::http(address).map_err(io::Error::other)?;
-    let at = server.server_addr().to_ip().unwrap_or(address);
+/// When no thread can be started.
+pub fn serve(listener: TcpListener, metrics: Metrics) -> io::Result<SocketAddr> {
+    let at = listener.local_addr()?;
+    let server = Server::from_listener(listener, None).map_err(io::Error::other)?;
     thread::Builder::new()
         .name("http".to_owned())
         .spawn(move || {
