@@ -4,6 +4,7 @@
 mod attach;
 mod bench;
 mod capture;
+mod doctor;
 mod interrupts;
 mod its;
 mod latency;

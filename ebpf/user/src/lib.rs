@@ -2,12 +2,13 @@
 //!
 //! Imports go one way: [`cli`] → [`mod@bench`], [`html`] → [`gate`] → [`sets`] → [`report`],
 //! [`export`] → [`analysis`] → [`recording`] → `blackout-abi`. [`usdt`], [`stats`] and [`foreign`]
-//! stand by themselves.
+//! stand by themselves; [`doctor`] stands on [`capture`].
 
 pub mod analysis;
 pub mod bench;
 pub mod capture;
 pub mod cli;
+pub mod doctor;
 pub mod export;
 pub mod foreign;
 pub mod gate;

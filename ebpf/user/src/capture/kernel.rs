@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use aya::{Btf, BtfError};
 use rustix::mount::{MountFlags, mount};
+use rustix::thread::{CapabilitySet, capabilities};
 
 use super::Error;
 use super::rights::{self, Held, Right};
@@ -84,7 +85,7 @@ pub(super) fn btf() -> Result<Btf, BtfError> {
 
 /// Whether the kernel is at least this version. Distributions backport much, so this is asked only
 /// where nothing better can be.
-pub(super) fn is_at_least(major: u32, minor: u32) -> bool {
+pub(crate) fn is_at_least(major: u32, minor: u32) -> bool {
     let release = rustix::system::uname()
         .release()
         .to_string_lossy()
@@ -116,9 +117,12 @@ pub struct Fact {
 /// Looks at everything that attaching depends on, without attaching anything.
 pub fn survey() -> Vec<Fact> {
     let mut facts: Vec<_> = rights::ALL.map(capability).into();
-    facts.extend([tracefs(), uprobes(), semaphores(), btf_fact()]);
+    facts.extend([version(), tracefs(), uprobes(), semaphores(), btf_fact()]);
     facts.extend(lockdown());
-    facts.extend([kvm(), namespace()]);
+    facts.extend([paranoid(), jit()].into_iter().flatten());
+    facts.push(kvm());
+    facts.extend(pvm());
+    facts.push(namespace());
     facts
 }
 
@@ -173,6 +177,75 @@ fn capability(right: Right) -> Fact {
     let mut fact = fact(right.name, result, help);
     fact.optional = ![rights::BPF, rights::PERFMON].contains(&right);
     fact
+}
+
+fn version() -> Fact {
+    let release = rustix::system::uname();
+    let release = release.release().to_string_lossy().into_owned();
+    let result = if is_at_least(5, 15) {
+        Ok(release)
+    } else {
+        Err(release)
+    };
+    fact(
+        "kernel",
+        result,
+        "Linux 5.15 or later is needed: attach cookies, with which probes are told apart",
+    )
+}
+
+/// What Debian and Ubuntu have made of this knob: from 3 on their kernels refuse
+/// `perf_event_open(2)`, by which uprobes without a multi-link are made.
+fn paranoid() -> Option<Fact> {
+    let value = number("/proc/sys/kernel/perf_event_paranoid")?;
+    let privileged =
+        capabilities(None).is_ok_and(|sets| sets.effective.contains(CapabilitySet::SYS_ADMIN));
+    let result = if value < 3 || privileged {
+        Ok(value.to_string())
+    } else {
+        Err(value.to_string())
+    };
+    let mut fact = fact(
+        "perf_event_paranoid",
+        result,
+        "some distributions' kernels then want CAP_SYS_ADMIN besides CAP_PERFMON: \
+         sysctl kernel.perf_event_paranoid=2",
+    );
+    fact.optional = true;
+    Some(fact)
+}
+
+fn jit() -> Option<Fact> {
+    let result = match number("/proc/sys/net/core/bpf_jit_enable")? {
+        0 => Err("off".to_string()),
+        _ => Ok("on".to_string()),
+    };
+    let mut fact = fact(
+        "eBPF compiler",
+        result,
+        "programs are interpreted, and each event costs several times as much: \
+         sysctl net.core.bpf_jit_enable=1",
+    );
+    fact.optional = true;
+    Some(fact)
+}
+
+/// What a file of one number says; nothing without such a file.
+fn number(path: &str) -> Option<i64> {
+    fs::read_to_string(path).ok()?.trim().parse().ok()
+}
+
+/// A KVM that is a software hypervisor, where there is one.
+fn pvm() -> Option<Fact> {
+    let found = Path::new("/sys/module/kvm_pvm").exists().then_some("PVM")?;
+    let mut fact = fact(
+        "guest entries",
+        Err(found.to_string()),
+        "this KVM tells of no entry to and exit from guest code: guest time is known by the \
+         instructions that it emulates, or by KVM_RUN alone",
+    );
+    fact.optional = true;
+    Some(fact)
 }
 
 fn tracefs() -> Fact {

@@ -8,14 +8,31 @@ use serde::Serialize;
 use super::Outcome;
 use crate::capture::kernel::{Fact, survey};
 use crate::capture::{Coverage, Options, Programs, object};
+use crate::doctor::calibrate::{Calibration, calibrate};
+use crate::doctor::program::{examine_file, examine_process};
 
 /// Say what this kernel lets `record` see, by which way, and what is missing
 ///
 /// The facts are what attaching depends on. Then everything is attached once, to no process, and
 /// taken away again: what the kernel takes is not guessed but tried.
+///
+/// --exe and --pid also look at a monitor: at what keeps its probes from firing or from being attached
+/// to. --calibrate also measures: the tool records itself for a second.
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXIT_CODES)]
 pub(super) struct Args {
+    /// Also look at this program's probes
+    #[arg(long, value_name = "PATH")]
+    exe: Option<PathBuf>,
+
+    /// Also look at this process, and at its program's probes
+    #[arg(short, long, value_name = "PID")]
+    pid: Option<u32>,
+
+    /// Also measure what recording costs here, for each event
+    #[arg(long)]
+    calibrate: bool,
+
     /// Print JSON, schema `blackout.doctor/1`
     #[arg(long)]
     json: bool,
@@ -28,7 +45,7 @@ pub(super) struct Args {
 const EXIT_CODES: &str = "\
 Exit codes:
   0  `record` works here
-  1  `record` does not work here; what is missing is marked `!!`
+  1  `record` does not work here, or not for all of the monitor; what is missing is marked `!!`
   3  could not run";
 
 #[derive(Serialize)]
@@ -38,6 +55,11 @@ struct Findings {
     arch: String,
     facts: Vec<FactFound>,
     sources: Vec<SourceFound>,
+    /// What was found of the monitor that was named.
+    #[serde(skip_serializing_if = "Vec::is_empty")]
+    monitor: Vec<FactFound>,
+    #[serde(skip_serializing_if = "Option::is_none")]
+    calibration: Option<Calibration>,
     /// Why nothing could be tried.
     #[serde(skip_serializing_if = "Option::is_none")]
     not_tried: Option<String>,
@@ -79,12 +101,21 @@ pub(super) fn run(args: &Args) -> anyhow::Result<Outcome> {
         && sources
             .iter()
             .all(|source| source.way.is_some() || !source.essential);
+    let mut monitor = args.exe.as_deref().map_or_else(Vec::new, examine_file);
+    monitor.extend(args.pid.map(examine_process).into_iter().flatten());
+    let whole = monitor.iter().all(|fact| fact.good || fact.optional);
+    let calibration = match works && args.calibrate {
+        true => Some(calibrate(&object(args.bpf_object.as_deref())?)?),
+        false => None,
+    };
     let findings = Findings {
         schema: "blackout.doctor/1",
         kernel: system.release().to_string_lossy().into_owned(),
         arch: system.machine().to_string_lossy().into_owned(),
         facts: survey().into_iter().map(FactFound::from).collect(),
         sources,
+        monitor: monitor.into_iter().map(FactFound::from).collect(),
+        calibration,
         not_tried,
         works,
     };
@@ -95,7 +126,11 @@ pub(super) fn run(args: &Args) -> anyhow::Result<Outcome> {
     } else {
         print(&mut out, &findings)?;
     }
-    Ok(if works { Outcome::Done } else { Outcome::Bad })
+    Ok(if works && whole {
+        Outcome::Done
+    } else {
+        Outcome::Bad
+    })
 }
 
 fn try_all(args: &Args) -> anyhow::Result<Vec<Coverage>> {
@@ -111,13 +146,7 @@ fn try_all(args: &Args) -> anyhow::Result<Vec<Coverage>> {
 fn print(out: &mut impl Write, findings: &Findings) -> io::Result<()> {
     writeln!(out, "Linux {} on {}", findings.kernel, findings.arch)?;
     writeln!(out)?;
-    for fact in &findings.facts {
-        let mark = mark(fact.good, fact.optional);
-        writeln!(out, "{mark} {:<26} {}", fact.name, fact.found)?;
-        if let Some(help) = fact.help {
-            writeln!(out, "{:29} {help}", "")?;
-        }
-    }
+    print_facts(out, &findings.facts)?;
     writeln!(out)?;
     for source in &findings.sources {
         let mark = mark(source.way.is_some(), !source.essential);
@@ -134,13 +163,62 @@ fn print(out: &mut impl Write, findings: &Findings) -> io::Result<()> {
     if let Some(why) = &findings.not_tried {
         writeln!(out, "!! nothing could be tried: {why}")?;
     }
+    if !findings.monitor.is_empty() {
+        writeln!(out)?;
+        print_facts(out, &findings.monitor)?;
+    }
+    if let Some(calibration) = &findings.calibration {
+        writeln!(out)?;
+        print_calibration(out, calibration)?;
+    }
     writeln!(out)?;
-    let verdict = if findings.works {
-        "`record` works here"
-    } else {
+    let verdict = if !findings.works {
         "`record` does not work here"
+    } else if findings
+        .monitor
+        .iter()
+        .any(|fact| !fact.good && !fact.optional)
+    {
+        "`record` works here, but does not see all of this monitor"
+    } else {
+        "`record` works here"
     };
     writeln!(out, "{verdict}")
+}
+
+fn print_facts(out: &mut impl Write, facts: &[FactFound]) -> io::Result<()> {
+    for fact in facts {
+        let mark = mark(fact.good, fact.optional);
+        writeln!(out, "{mark} {:<26} {}", fact.name, fact.found)?;
+        if let Some(help) = fact.help {
+            writeln!(out, "{:29} {help}", "")?;
+        }
+    }
+    Ok(())
+}
+
+fn print_calibration(out: &mut impl Write, calibration: &Calibration) -> io::Result<()> {
+    writeln!(
+        out,
+        "{:<52} {:>9} {:>9} {:>9}",
+        "what recording costs, ns each", "without", "with", "more"
+    )?;
+    for cost in &calibration.costs {
+        writeln!(
+            out,
+            "  {:<50} {:>9.1} {:>9.1} {:>9.1}",
+            cost.what,
+            cost.without_ns,
+            cost.with_ns,
+            cost.with_ns - cost.without_ns
+        )?;
+    }
+    writeln!(
+        out,
+        "  {:<50} {:>29.1}",
+        "the recorder's CPU time, an event", calibration.recorder_ns
+    )?;
+    writeln!(out, "attached in {:.1} ms", calibration.attach_ms)
 }
 
 fn mark(good: bool, optional: bool) -> &'static str {
