@@ -16,6 +16,7 @@ mod migrate_control;
 mod migrate_faults;
 mod migrate_oneway;
 mod migrate_shared;
+mod migrate_tls;
 mod peers;
 #[path = "../perfetto/query.rs"]
 mod perfetto;

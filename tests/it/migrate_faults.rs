@@ -98,7 +98,9 @@ fn a_bad_uri() -> Result<()> {
         ensure!(error.class == "GenericError", "{error}");
         ensure!(error.desc.contains(cause), "{error}");
         ensure!(
-            error.desc.contains("use tcp:HOST:PORT, unix:PATH"),
+            error
+                .desc
+                .contains("use tcp:HOST:PORT, tls:HOST:PORT, unix:PATH"),
             "{error}"
         );
     }

@@ -4,6 +4,7 @@
 //! Programs are found by environment variables that `cargo xtask` sets; see [`programs`].
 
 pub mod bridge;
+pub mod certificates;
 pub mod cpus;
 pub mod guest_ram;
 pub mod linux;

@@ -1,6 +1,8 @@
 //! The command line: for `main.rs`, and for its manual page.
 
 mod devices;
+mod object;
+mod pairs;
 
 use std::fmt;
 use std::path::PathBuf;
@@ -12,7 +14,7 @@ use clap::error::ErrorKind;
 
 use crate::arch::{self, GuestClock};
 use crate::devices::virtio::{blk, console, net, vsock};
-use crate::migration::uri;
+use crate::migration::{credentials, uri};
 use crate::payload::{Linux, Program};
 use crate::qmp::Address;
 
@@ -106,7 +108,14 @@ pub struct Args {
     #[arg(short = 'S', long, help_heading = "Control")]
     pub paused: bool,
 
-    /// Be a migration's destination: tcp:HOST:PORT, unix:PATH, fd:N, exec:COMMAND,
+    /// Keys and certificates to encrypt migrations with:
+    /// `tls-creds-x509,id=ID,dir=FOLDER,endpoint=client|server`. FOLDER has ca-cert.pem, and for a
+    /// server, which is a destination, server-cert.pem and server-key.pem, for a client client-cert.pem
+    /// and client-key.pem; once for each
+    #[arg(long = "object", value_name = "OPTIONS", value_parser = object::parse, help_heading = "Migration")]
+    pub objects: Vec<credentials::Options>,
+
+    /// Be a migration's destination: tcp:HOST:PORT, tls:HOST:PORT, unix:PATH, fd:N, exec:COMMAND,
     /// file:PATH[,offset=N], or defer until `migrate-incoming`
     #[arg(long, value_name = "URI", value_parser = incoming, help_heading = "Migration")]
     pub incoming: Option<String>,

@@ -88,6 +88,10 @@ fn run(args: Args) -> Result<()> {
         ..Parameters::default()
     };
     let migrations = Migrations::new(Arc::clone(&machine), parameters, hub.events());
+    for object in args.objects {
+        let keyring = migrations.settings().keyring();
+        keyring.add(object).context("--object")?;
+    }
     // Before QMP answers: whoever gets an answer may rely on this side's being ready.
     if let Some(uri) = &args.incoming {
         migrations

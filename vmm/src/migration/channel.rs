@@ -13,11 +13,8 @@ use super::stream::frame::{Frame, Kind};
 use super::stream::message::{Alive, Failure, Message};
 use super::stream::reader::FrameReader;
 use super::stream::writer::FrameWriter;
-use super::wire::Wire;
+use super::wire::{FAREWELL, Wire};
 use crate::spanlog::SpanRecord;
-
-/// How long a side that gave up waits for the other one to hear of it.
-const FAREWELL: Duration = Duration::from_secs(2);
 
 /// How long to wait for the other side, and how to make it wait.
 #[derive(Clone, Copy, Debug)]

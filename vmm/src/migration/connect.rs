@@ -14,6 +14,7 @@ use super::board::{Board, Cancelled};
 use super::descriptors::{self, Descriptors};
 use super::oneway::{Direction, OneWay};
 use super::status::SocketAddress;
+use super::tls::Security;
 use super::uri::Uri;
 use super::wire::Wire;
 use crate::probes::Errno;
@@ -67,8 +68,8 @@ pub enum Error {
     },
     /// Everybody on the way could read and change the guest.
     #[error(
-        "{uri} is not loopback ({address}), and tcp: sends the guest unencrypted: use a tunnel, as \
-         unix: or exec: by ssh, or start the monitor with --allow-plaintext"
+        "{uri} is not loopback ({address}), and tcp: sends the guest unencrypted: use tls:, or \
+         start the monitor with --allow-plaintext"
     )]
     Plaintext {
         /// Where.
@@ -109,6 +110,8 @@ impl Errno for Error {
 pub(super) struct Target {
     /// The URI.
     pub(super) uri: Uri,
+    /// How it is encrypted, if it is.
+    pub(super) security: Option<Security>,
     passed: Option<OwnedFd>,
 }
 
@@ -122,7 +125,16 @@ impl Target {
             Uri::Fd(name) => Some(descriptors.take(name)?),
             _ => None,
         };
-        Ok(Target { uri, passed })
+        Ok(Target {
+            uri,
+            security: None,
+            passed,
+        })
+    }
+
+    /// The same, encrypted if there is a `security`.
+    pub(super) fn secured(self, security: Option<Security>) -> Self {
+        Target { security, ..self }
     }
 }
 
@@ -139,7 +151,7 @@ pub enum Plaintext {
 /// Connects to `target`, trying each of its addresses in turn, or opens it. A cancel through `board`
 /// interrupts it.
 pub(super) fn dial(target: Target, plaintext: Plaintext, board: &Board) -> Result<Wire, Error> {
-    let Target { uri, passed } = target;
+    let Target { uri, passed, .. } = target;
     if let Some(opened) = open(&uri, passed, Direction::Out)? {
         board.attach(opened.clone())?;
         return Ok(opened);
@@ -214,6 +226,7 @@ pub(super) struct Listener {
     uri: Uri,
     /// Where it listens, with the port that the kernel chose.
     address: Option<SocketAddress>,
+    security: Option<Security>,
     /// Of a unix socket; removed when the listener goes.
     _file: Option<SocketFile>,
 }
@@ -234,12 +247,13 @@ impl Listener {
         descriptors: &mut Descriptors,
         plaintext: Plaintext,
     ) -> Result<Listener, Error> {
-        let Target { uri, passed } = Target::new(uri.clone(), descriptors)?;
+        let Target { uri, passed, .. } = Target::new(uri.clone(), descriptors)?;
         if let Some(opened) = open(&uri, passed, Direction::In)? {
             return Ok(Listener {
                 from: Origin::Opened(opened),
                 uri,
                 address: None,
+                security: None,
                 _file: None,
             });
         }
@@ -257,6 +271,7 @@ impl Listener {
                 from: Origin::Socket(listener.into()),
                 uri: uri.clone(),
                 address,
+                security: None,
                 _file: Some(file),
             });
         }
@@ -269,6 +284,7 @@ impl Listener {
                         from: Origin::Socket(socket),
                         uri: uri.clone(),
                         address,
+                        security: None,
                         _file: None,
                     });
                 }
@@ -276,6 +292,16 @@ impl Listener {
             }
         }
         Err(failed(last))
+    }
+
+    /// The same, encrypted if there is a `security`.
+    pub(super) fn secured(self, security: Option<Security>) -> Self {
+        Listener { security, ..self }
+    }
+
+    /// How the connection is to be encrypted, if it is.
+    pub(super) fn security(&self) -> Option<Security> {
+        self.security.clone()
     }
 
     /// Where it listens.
@@ -357,10 +383,10 @@ fn addresses(uri: &Uri, plaintext: Plaintext) -> Result<Vec<SockAddr>, Error> {
             };
             return Ok(vec![SockAddr::unix(path).map_err(failed)?]);
         }
-        Uri::Tcp { host, port } if host.is_empty() => resolve("::", *port)?
+        Uri::Tcp { host, port, .. } if host.is_empty() => resolve("::", *port)?
             .chain(resolve("0.0.0.0", *port)?)
             .collect(),
-        Uri::Tcp { host, port } => resolve(host, *port)?.collect(),
+        Uri::Tcp { host, port, .. } => resolve(host, *port)?.collect(),
         Uri::Fd(_) | Uri::Exec(_) | Uri::File { .. } => Vec::new(),
     };
     let far = found.iter().map(|address| address.ip());
@@ -393,7 +419,11 @@ mod tests {
         ];
         for (host, near) in rows {
             let host = host.to_owned();
-            let uri = Uri::Tcp { host, port: 1 };
+            let uri = Uri::Tcp {
+                host,
+                port: 1,
+                tls: false,
+            };
             let found = addresses(&uri, Plaintext::Refused);
             assert_eq!(found.is_ok(), near, "{uri}");
             if let Err(error) = found {

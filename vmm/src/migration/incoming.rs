@@ -12,6 +12,7 @@ use super::status::{MigrationStatus, describe};
 use super::stream;
 use super::stream::header::Mismatch;
 use super::stream::message::Token;
+use super::tls;
 use super::vm::TargetVm;
 use crate::control;
 use crate::devices::StateError;
@@ -25,6 +26,9 @@ pub(crate) enum Error {
     /// There is no connection.
     #[error(transparent)]
     Connect(#[from] connect::Error),
+    /// There is no encryption.
+    #[error(transparent)]
+    Tls(#[from] tls::Error),
     /// The socket can't be used, or there are no random numbers for the session's secret.
     #[error("setting up the session")]
     Session(#[source] io::Error),
@@ -74,6 +78,7 @@ impl Errno for Error {
     fn errno(&self) -> i32 {
         match self {
             Error::Connect(source) => source.errno(),
+            Error::Tls(source) => source.errno(),
             Error::Session(source) => source.errno(),
             Error::Stream(source) => source.errno(),
             Error::Mismatch(source) => source.errno(),
@@ -95,10 +100,15 @@ pub(super) fn run(
     patience: Patience,
     board: &Board,
 ) {
+    let security = listener.security();
     let accepted = listener.accept(board).map_err(Error::from);
     let log = SpanLog::open();
     let mut report = Report::default();
     let result = accepted.and_then(|wire| {
+        let wire = match security {
+            Some(security) => wire.encrypt(&security, uri, patience.silence)?,
+            None => wire,
+        };
         let channel = Channel::new(wire, patience).map_err(Error::Session)?;
         take_in(vm, channel, uri, board, &log, &mut report)
     });

@@ -13,6 +13,7 @@ mod clock;
 mod commit;
 mod connect;
 mod converge;
+pub mod credentials;
 pub mod descriptors;
 #[cfg(fuzzing)]
 pub mod fuzz;
@@ -27,6 +28,7 @@ pub mod status;
 mod stop;
 mod stream;
 mod switchover;
+mod tls;
 pub mod uri;
 mod vm;
 mod wire;
@@ -45,10 +47,12 @@ use board::Board;
 pub use channel::Patience;
 pub use connect::Plaintext;
 use connect::{Listener, Target};
+use credentials::Endpoint;
 use descriptors::Descriptors;
 pub use outgoing::Parameters;
-use settings::{Capability, Settings};
+use settings::{Capability, Settings, Text};
 use status::{MigrationStatus, QueryMigrate, Side};
+use tls::Security;
 use uri::{Incoming, Uri};
 use vm::{MigrationVm, lock};
 
@@ -76,6 +80,18 @@ pub enum Error {
     /// The address can't be listened on, or the client has no such descriptor.
     #[error(transparent)]
     Listen(#[from] connect::Error),
+    /// There are no credentials to encrypt with.
+    #[error(transparent)]
+    Credentials(#[from] credentials::Error),
+    /// They are of no use there.
+    #[error(transparent)]
+    Tls(#[from] tls::Error),
+    /// Nobody here can say who may and who may not.
+    #[error(
+        "the parameter tls-authz names '{0}', but there are no such objects: whoever the CA in \
+         ca-cert.pem vouches for may migrate, so unset it and use a CA for migrations only"
+    )]
+    Authz(String),
     /// The thread could not be started.
     #[error("the migration's thread")]
     Thread(#[source] io::Error),
@@ -91,6 +107,9 @@ impl Errno for Error {
             | Error::Postmigrate
             | Error::NotIncoming(_) => libc::EINVAL,
             Error::Listen(source) => source.errno(),
+            Error::Credentials(source) => source.errno(),
+            Error::Tls(source) => source.errno(),
+            Error::Authz(_) => libc::EACCES,
             Error::Thread(source) => source.errno(),
         }
     }
@@ -136,8 +155,10 @@ impl Migrations {
         if !self.board.begin(Side::Source, uri.to_string(), Some(size)) {
             return Err(Error::Busy);
         }
-        let target = Target::new(uri, descriptors)
-            .inspect_err(|error| self.board.fail(status::describe(error)))?;
+        let failed = |error: &Error| self.board.fail(status::describe(error));
+        let security = self.security(&uri, Endpoint::Client).inspect_err(failed)?;
+        let target = Target::new(uri, descriptors).map_err(Error::from);
+        let target = target.inspect_err(failed)?.secured(security);
         let (machine, board) = (Arc::clone(&self.machine), Arc::clone(&self.board));
         let parameters = self.parameters;
         self.spawn(move || outgoing::run(&machine, target, &parameters, &board))
@@ -159,12 +180,42 @@ impl Migrations {
         if !self.board.begin(Side::Destination, uri.to_string(), None) {
             return Err(Error::Busy);
         }
-        let listener = Listener::bind(&uri, descriptors, self.parameters.plaintext)
-            .inspect_err(|error| self.board.fail(status::describe(error)))?;
+        let failed = |error: &Error| self.board.fail(status::describe(error));
+        let security = self.security(&uri, Endpoint::Server).inspect_err(failed)?;
+        let plaintext = match security {
+            Some(_) => Plaintext::Allowed,
+            None => self.parameters.plaintext,
+        };
+        let listener = Listener::bind(&uri, descriptors, plaintext).map_err(Error::from);
+        let listener = listener.inspect_err(failed)?.secured(security);
         self.board.set_address(listener.address());
         let (machine, board) = (Arc::clone(&self.machine), Arc::clone(&self.board));
         let patience = self.parameters.patience;
         self.spawn(move || incoming::run(&machine, listener, &uri.to_string(), patience, &board))
+    }
+
+    /// How a migration to or from `uri` is encrypted, if it is to be.
+    fn security(&self, uri: &Uri, endpoint: Endpoint) -> Result<Option<Security>, Error> {
+        let settings = self.settings();
+        let id = settings.text(Text::TlsCreds);
+        let (host, tls) = match uri {
+            Uri::Tcp { host, tls, .. } => (Some(host.clone()), *tls),
+            _ => (None, false),
+        };
+        if id.is_empty() && !tls {
+            return Ok(None);
+        }
+        let authz = settings.text(Text::TlsAuthz);
+        if endpoint == Endpoint::Server && !authz.is_empty() {
+            return Err(Error::Authz(authz));
+        }
+        let credentials = settings.keyring().find(&id, endpoint)?;
+        let name = Some(settings.text(Text::TlsHostname)).filter(|name| !name.is_empty());
+        let name = match endpoint {
+            Endpoint::Client => name.or(host),
+            Endpoint::Server => None,
+        };
+        Ok(Some(Security::new(credentials, name.as_deref())?))
     }
 
     /// Gives up the migration that is under way, unless the guest was handed over already. Returns

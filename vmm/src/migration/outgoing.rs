@@ -18,6 +18,7 @@ use super::stop::Stop;
 use super::stream;
 use super::stream::header::Shape;
 use super::stream::message::Token;
+use super::tls;
 use super::vm::SourceVm;
 use crate::control;
 use crate::devices::StateError;
@@ -58,8 +59,14 @@ pub(crate) enum Error {
     /// There is no connection.
     #[error(transparent)]
     Connect(#[from] connect::Error),
+    /// There is no encryption.
+    #[error(transparent)]
+    Tls(#[from] tls::Error),
     /// RAM can't be passed there.
-    #[error("mode cpr-transfer passes guest RAM to a process of this host: it needs a unix socket")]
+    #[error(
+        "mode cpr-transfer passes guest RAM to a process of this host: it needs a unix socket, and no \
+         tls-creds"
+    )]
     NotPassing,
     /// No random numbers for the id and the session's secret.
     #[error("random numbers for the session")]
@@ -129,6 +136,7 @@ impl Errno for Error {
     fn errno(&self) -> i32 {
         match self {
             Error::Connect(source) => source.errno(),
+            Error::Tls(source) => source.errno(),
             Error::NotPassing => libc::EINVAL,
             Error::Random(source) => source.errno(),
             Error::Stream(source) => source.errno(),
@@ -235,7 +243,15 @@ fn migration_connect(
 ) -> Result<Link, Error> {
     let text = CString::new(target.uri.to_string()).unwrap_or_default();
     probes::migration_connect(&text).run(|_| {
-        let wire = connect::dial(target, parameters.plaintext, board)?;
+        let (security, uri) = (target.security.clone(), target.uri.to_string());
+        let plaintext = match security {
+            Some(_) => Plaintext::Allowed,
+            None => parameters.plaintext,
+        };
+        let mut wire = connect::dial(target, plaintext, board)?;
+        if let Some(security) = security {
+            wire = wire.encrypt(&security, &uri, parameters.patience.silence)?;
+        }
         let shared = board.mode() == Mode::CprTransfer;
         if shared && !wire.passes() {
             return Err(Error::NotPassing);

@@ -4,6 +4,8 @@
 use std::ffi::CStr;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
+use super::credentials::Keyring;
+
 /// Rows of `Variant = "name", default, max, "what its values are", "doc";`.
 macro_rules! parameters {
     ($($variant:ident = $name:literal, $default:expr, $max:expr, $range:literal, $doc:literal;)*) => {
@@ -35,6 +37,31 @@ parameters! {
     MaxBandwidth = "max-bandwidth", 0, u64::MAX, "an integer",
         "RAM is sent no faster than this while the guest runs, bytes a second; 0 is as fast as it goes, \
          which is the default here and not QEMU's.";
+}
+
+/// A parameter of migrations that is a text, and empty by default.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Text {
+    /// The id of the credentials that a migration is encrypted with.
+    TlsCreds,
+    /// The name that the destination's certificate is to be for, if not that of the URI.
+    TlsHostname,
+    /// The id of what decides which sources are let in; there is none here.
+    TlsAuthz,
+}
+
+impl Text {
+    /// All there are.
+    pub const ALL: [Text; 3] = [Text::TlsCreds, Text::TlsHostname, Text::TlsAuthz];
+
+    /// QEMU's name of it.
+    pub fn name(self) -> &'static str {
+        match self {
+            Text::TlsCreds => "tls-creds",
+            Text::TlsHostname => "tls-hostname",
+            Text::TlsAuthz => "tls-authz",
+        }
+    }
 }
 
 /// How a guest moves: QEMU's `MigMode`.
@@ -101,10 +128,14 @@ pub struct OutOfRange(Parameter);
 
 /// The settings of one machine.
 #[derive(Debug, Default)]
-pub struct Settings(Mutex<Values>);
+pub struct Settings {
+    values: Mutex<Values>,
+    keyring: Keyring,
+}
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 struct Values {
+    texts: [String; Text::ALL.len()],
     parameters: [u64; Parameter::ALL.len()],
     capabilities: [bool; Capability::ALL.len()],
     mode: Mode,
@@ -113,6 +144,7 @@ struct Values {
 impl Default for Values {
     fn default() -> Self {
         Values {
+            texts: Default::default(),
             parameters: Parameter::DEFAULTS,
             capabilities: [false; Capability::ALL.len()],
             mode: Mode::default(),
@@ -142,6 +174,21 @@ impl Settings {
         Ok(())
     }
 
+    /// A text's value.
+    pub fn text(&self, text: Text) -> String {
+        self.lock().texts[text as usize].clone()
+    }
+
+    /// Sets it, for the next migration.
+    pub fn set_text(&self, text: Text, value: String) {
+        self.lock().texts[text as usize] = value;
+    }
+
+    /// The credentials that there are.
+    pub fn keyring(&self) -> &Keyring {
+        &self.keyring
+    }
+
     /// How the next migration from here is done.
     pub fn mode(&self) -> Mode {
         self.lock().mode
@@ -167,7 +214,7 @@ impl Settings {
     }
 
     fn lock(&self) -> MutexGuard<'_, Values> {
-        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+        self.values.lock().unwrap_or_else(PoisonError::into_inner)
     }
 }
 

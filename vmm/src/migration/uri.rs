@@ -18,6 +18,9 @@ pub enum Uri {
         host: String,
         /// The port; a listener on port 0 gets one from the kernel.
         port: u16,
+        /// `tls:HOST:PORT`: it is refused unless there are credentials. With them `tcp:` is encrypted
+        /// as well, as in QEMU.
+        tls: bool,
     },
     /// `unix:PATH`.
     Unix(PathBuf),
@@ -47,8 +50,8 @@ pub enum Incoming {
 /// A URI that names no transport this monitor has.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
 #[error(
-    "migration URI '{uri}': {problem}; use tcp:HOST:PORT, unix:PATH, fd:NAME, exec:COMMAND or \
-     file:PATH[,offset=N]{}", if *incoming { ", or defer" } else { "" }
+    "migration URI '{uri}': {problem}; use tcp:HOST:PORT, tls:HOST:PORT, unix:PATH, fd:NAME, \
+     exec:COMMAND or file:PATH[,offset=N]{}", if *incoming { ", or defer" } else { "" }
 )]
 pub struct Error {
     uri: String,
@@ -136,8 +139,13 @@ impl Incoming {
 impl fmt::Display for Uri {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         match self {
-            Uri::Tcp { host, port } if host.contains(':') => write!(f, "tcp:[{host}]:{port}"),
-            Uri::Tcp { host, port } => write!(f, "tcp:{host}:{port}"),
+            Uri::Tcp { host, port, tls } => {
+                let scheme = if *tls { "tls" } else { "tcp" };
+                match host.contains(':') {
+                    true => write!(f, "{scheme}:[{host}]:{port}"),
+                    false => write!(f, "{scheme}:{host}:{port}"),
+                }
+            }
             Uri::Unix(path) => write!(f, "unix:{}", path.display()),
             Uri::Fd(name) => write!(f, "fd:{name}"),
             Uri::Exec(command) => write!(f, "exec:{command}"),
@@ -149,7 +157,8 @@ impl fmt::Display for Uri {
 
 fn parse(text: &str) -> Result<Uri, Problem> {
     match text.split_once(':') {
-        Some(("tcp", address)) => tcp(address),
+        Some(("tcp", address)) => tcp(address, false),
+        Some(("tls", address)) => tcp(address, true),
         Some(("unix", "")) => Err(Problem::NoPath),
         Some(("unix", path)) if path.len() > UNIX_PATH_MAX => Err(Problem::LongPath),
         Some(("unix", path)) => Ok(Uri::Unix(path.into())),
@@ -188,7 +197,7 @@ fn bytes(text: &str) -> Option<u64> {
     digits.parse::<u64>().ok()?.checked_mul(1 << shift)
 }
 
-fn tcp(address: &str) -> Result<Uri, Problem> {
+fn tcp(address: &str, tls: bool) -> Result<Uri, Problem> {
     let (host, port) = match address.strip_prefix('[') {
         Some(rest) => {
             let (host, rest) = rest.split_once(']').ok_or(Problem::Bracket)?;
@@ -209,6 +218,7 @@ fn tcp(address: &str) -> Result<Uri, Problem> {
     Ok(Uri::Tcp {
         host: host.to_owned(),
         port,
+        tls,
     })
 }
 
@@ -216,12 +226,14 @@ fn tcp(address: &str) -> Result<Uri, Problem> {
 mod tests {
     use super::*;
 
-    const FORMS: &str = "tcp:HOST:PORT, unix:PATH, fd:NAME, exec:COMMAND or file:PATH[,offset=N]";
+    const FORMS: &str = "tcp:HOST:PORT, tls:HOST:PORT, unix:PATH, fd:NAME, exec:COMMAND or \
+                         file:PATH[,offset=N]";
 
     fn tcp(host: &str, port: u16) -> Uri {
         Uri::Tcp {
             host: host.into(),
             port,
+            tls: false,
         }
     }
 
@@ -263,6 +275,8 @@ mod tests {
             "tcp:127.0.0.1:4444",
             "tcp:[::1]:4444",
             "tcp:h:1",
+            "tls:h:1",
+            "tls:[::1]:4444",
             "unix:/run/a",
             "fd:a",
             "exec:cat > a",
@@ -288,6 +302,7 @@ mod tests {
             ("tcp:host:http", "the port is not a number from 0 to 65535"),
             ("tcp:host:0", "port 0 can't be connected to"),
             ("tcp::4444", "there is no host"),
+            ("tls:host:0", "port 0 can't be connected to"),
             ("unix:", "there is no path"),
             ("fd:", "there is no name of a descriptor"),
             ("exec: ", "there is no command"),

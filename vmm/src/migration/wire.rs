@@ -15,12 +15,18 @@ use rustix::net::{
 use socket2::{Domain, Socket};
 
 use super::oneway::OneWay;
+use super::tls::{self, Security, Tls};
+
+/// How long a side that gave up waits for the other one to hear of it.
+pub(super) const FAREWELL: Duration = Duration::from_secs(2);
 
 /// The bytes' way. Clones are the same way: one thread may read while another one writes.
 #[derive(Clone, Debug)]
 pub(super) enum Wire {
     /// A connected socket, or one that listens and is here to be interrupted.
     Socket(Arc<Socket>),
+    /// A connected socket, with encryption.
+    Tls(Arc<Tls>),
     /// A pipe, a file, or one end of a command.
     OneWay(Arc<OneWay>),
 }
@@ -42,7 +48,46 @@ impl Wire {
     pub(super) fn one_way(&self) -> Option<&OneWay> {
         match self {
             Wire::OneWay(way) => Some(way),
-            Wire::Socket(_) => None,
+            Wire::Socket(_) | Wire::Tls(_) => None,
+        }
+    }
+
+    /// The socket at the bottom, if there is one.
+    fn socket(&self) -> Option<&Socket> {
+        match self {
+            Wire::Socket(socket) => Some(socket),
+            Wire::Tls(tls) => Some(tls.socket()),
+            Wire::OneWay(_) => None,
+        }
+    }
+
+    /// Encrypts what goes over a socket from now on, once both sides have proved who they are. `uri`
+    /// is for errors. The other side has `patience` for each of its steps.
+    ///
+    /// # Errors
+    /// When either side does not trust the other one, which has been told.
+    pub(super) fn encrypt(
+        self,
+        security: &Security,
+        uri: &str,
+        patience: Duration,
+    ) -> Result<Wire, tls::Error> {
+        let Wire::Socket(socket) = &self else {
+            let uri = uri.to_owned();
+            return Err(tls::Error::NoSocket { uri });
+        };
+        let failed = |source| tls::Error::Handshake {
+            uri: uri.to_owned(),
+            source,
+        };
+        self.set_patience(patience).map_err(failed)?;
+        match security.open(Arc::clone(socket), uri) {
+            Ok(tls) => Ok(Wire::Tls(Arc::new(tls))),
+            Err(error) => {
+                // The other side is to read why, and not that the connection was reset.
+                self.linger(FAREWELL);
+                Err(error)
+            }
         }
     }
 
@@ -50,7 +95,7 @@ impl Wire {
     pub(super) fn passes(&self) -> bool {
         match self {
             Wire::Socket(socket) => socket.domain().is_ok_and(|domain| domain == Domain::UNIX),
-            Wire::OneWay(_) => false,
+            Wire::Tls(_) | Wire::OneWay(_) => false,
         }
     }
 
@@ -92,44 +137,42 @@ impl Wire {
     /// Sets how long a read waits, and a write of which the other side takes nothing. Who reads from
     /// something that goes one way waits for as long as it is open: nobody waits for an answer.
     pub(super) fn set_patience(&self, silence: Duration) -> io::Result<()> {
-        match self {
-            Wire::Socket(socket) => {
-                socket.set_read_timeout(Some(silence))?;
-                socket.set_write_timeout(Some(silence))
-            }
-            Wire::OneWay(way) => {
-                way.set_patience(silence);
-                Ok(())
-            }
+        if let Wire::OneWay(way) = self {
+            way.set_patience(silence);
         }
+        let Some(socket) = self.socket() else {
+            return Ok(());
+        };
+        socket.set_read_timeout(Some(silence))?;
+        socket.set_write_timeout(Some(silence))
     }
 
     /// Whether the other side has closed the connection, or it broke, whatever is left to read.
     /// Does not wait.
     pub(super) fn is_broken(&self) -> bool {
         let gone = PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR;
-        match self {
-            Wire::Socket(socket) => is(socket, PollFlags::RDHUP, gone),
-            // The next write finds out; nobody is there who could have said why.
-            Wire::OneWay(_) => false,
-        }
+        // Without a socket the next write finds out; nobody is there who could have said why.
+        let socket = self.socket();
+        socket.is_some_and(|socket| is(socket, PollFlags::RDHUP, gone))
     }
 
     /// Whether a short message can be written without waiting, and may be at any time: a file is to
     /// hold the guest and nothing else.
     pub(super) fn has_room(&self) -> bool {
-        match self {
-            Wire::Socket(socket) => is(socket, PollFlags::OUT, PollFlags::OUT),
-            Wire::OneWay(way) => way.has_room(),
+        match (self.socket(), self.one_way()) {
+            (Some(socket), _) => is(socket, PollFlags::OUT, PollFlags::OUT),
+            (None, way) => way.is_some_and(OneWay::has_room),
         }
     }
 
     /// Wakes whoever reads or writes, with an error, for good.
     pub(super) fn interrupt(&self) {
-        match self {
+        if let Some(way) = self.one_way() {
+            way.interrupt();
+        }
+        if let Some(socket) = self.socket() {
             // It fails on a connection that has broken already, which wakes the thread as well.
-            Wire::Socket(socket) => drop(socket.shutdown(Shutdown::Both)),
-            Wire::OneWay(way) => way.interrupt(),
+            let _ = socket.shutdown(Shutdown::Both);
         }
     }
 
@@ -137,7 +180,9 @@ impl Wire {
     /// `limit`: a connection that is closed with unread bytes is reset, and the reset may overtake
     /// what was sent last.
     pub(super) fn linger(&self, limit: Duration) {
-        let Wire::Socket(socket) = self else { return };
+        let Some(mut socket) = self.socket() else {
+            return;
+        };
         let _ = socket.shutdown(Shutdown::Write);
         let until = Instant::now() + limit;
         let mut rest = [0; 16 << 10];
@@ -146,7 +191,7 @@ impl Wire {
             if left.is_zero() || socket.set_read_timeout(Some(left)).is_err() {
                 return;
             }
-            if !(&**socket).read(&mut rest).is_ok_and(|read| read > 0) {
+            if !socket.read(&mut rest).is_ok_and(|read| read > 0) {
                 return;
             }
         }
@@ -157,6 +202,7 @@ impl Read for Wire {
     fn read(&mut self, bytes: &mut [u8]) -> io::Result<usize> {
         match self {
             Wire::Socket(socket) => (&**socket).read(bytes),
+            Wire::Tls(tls) => tls.read(bytes),
             Wire::OneWay(way) => way.read(bytes),
         }
     }
@@ -166,6 +212,7 @@ impl Write for Wire {
     fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
         match self {
             Wire::Socket(socket) => write_patiently(socket, bytes),
+            Wire::Tls(tls) => tls.write(bytes),
             Wire::OneWay(way) => way.write(bytes),
         }
     }
@@ -176,7 +223,7 @@ impl Write for Wire {
 }
 
 /// What the other side does not read may wait, as long as more and more comes from there.
-fn write_patiently(mut socket: &Socket, bytes: &[u8]) -> io::Result<usize> {
+pub(super) fn write_patiently(mut socket: &Socket, bytes: &[u8]) -> io::Result<usize> {
     let mut heard = 0;
     loop {
         match socket.write(bytes) {

@@ -45,6 +45,30 @@ impl Arguments {
         }
     }
 
+    /// A string that may be left out, or `null`, which means an empty one.
+    ///
+    /// # Errors
+    /// When it is something else.
+    pub(super) fn string_or_null(&mut self, name: &'static str) -> Result<Option<String>, Error> {
+        match self.members.remove(name) {
+            None => Ok(None),
+            Some(Value::Null) => Ok(Some(String::new())),
+            Some(Value::String(text)) => Ok(Some(text)),
+            Some(_) => Err(self.wrong(name, "StrOrNull")),
+        }
+    }
+
+    /// A boolean that may be left out.
+    ///
+    /// # Errors
+    /// When it is there and no boolean.
+    pub(super) fn optional_flag(&mut self, name: &'static str) -> Result<Option<bool>, Error> {
+        match self.members.contains_key(name) {
+            true => self.flag(name).map(Some),
+            false => Ok(None),
+        }
+    }
+
     /// A boolean that may be left out, which means `false`.
     ///
     /// # Errors

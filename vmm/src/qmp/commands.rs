@@ -5,6 +5,7 @@ use std::ffi::CStr;
 use serde_json::{Value, json};
 
 use super::arguments::Arguments;
+use super::objects;
 use super::settings;
 use super::wire::{self, Error};
 use crate::migration::descriptors::Descriptors;
@@ -124,6 +125,8 @@ pub(super) const VERBS: &[Verb] = &[
     ),
     verb(c"migrate-set-parameters", settings::migrate_set_parameters),
     verb(c"migrate_cancel", migrate_cancel),
+    verb(c"object-add", objects::object_add),
+    verb(c"object-del", objects::object_del),
     verb(c"qmp_capabilities", qmp_capabilities),
     verb(c"query-commands", query_commands),
     verb(c"query-kvm", query_kvm),

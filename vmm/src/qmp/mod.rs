@@ -9,6 +9,7 @@ mod commands;
 mod hub;
 mod json;
 mod monitor;
+mod objects;
 mod server;
 mod session;
 mod settings;

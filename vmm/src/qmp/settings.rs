@@ -5,7 +5,7 @@ use serde_json::{Map, Value, json};
 use super::arguments::Arguments;
 use super::commands::{Answer, Context, done};
 use super::wire::Error;
-use crate::migration::settings::{Capability, Mode, Parameter};
+use crate::migration::settings::{Capability, Mode, Parameter, Text};
 use crate::migration::status::MigrationStatus;
 
 pub(super) fn query_migrate_parameters(context: &mut Context<'_>, arguments: Arguments) -> Answer {
@@ -14,6 +14,9 @@ pub(super) fn query_migrate_parameters(context: &mut Context<'_>, arguments: Arg
     let all = Parameter::ALL.iter();
     let values = all.map(|&p| (p.name().to_owned(), json!(settings.parameter(p))));
     let mut values: Map<_, _> = values.collect();
+    for text in Text::ALL {
+        values.insert(text.name().to_owned(), json!(settings.text(text)));
+    }
     // QEMUs before 8.2 have no modes and do not name the only one: neither does this, so that their
     // clients find what they know.
     if settings.mode() != Mode::Normal {
@@ -32,6 +35,11 @@ pub(super) fn migrate_set_parameters(
         let value = arguments.number(parameter.name())?;
         changes.extend(value.map(|value| (parameter, value)));
     }
+    let mut texts = Vec::new();
+    for text in Text::ALL {
+        let value = arguments.string_or_null(text.name())?;
+        texts.extend(value.map(|value| (text, value)));
+    }
     let mode = arguments.optional_string("mode")?;
     arguments.finish()?;
     let mode = match mode {
@@ -43,6 +51,9 @@ pub(super) fn migrate_set_parameters(
     };
     let settings = context.backend.settings();
     settings.set_parameters(&changes)?;
+    for (text, value) in texts {
+        settings.set_text(text, value);
+    }
     if let Some(mode) = mode {
         settings.set_mode(mode);
     }

@@ -256,7 +256,8 @@ fn every_verb_refuses_an_argument_that_it_does_not_have() {
         }
         // What some verb must have is there, and too much for all others.
         let arguments = json!({
-            "uri": "x", "state": "active", "capabilities": [], "fdname": "x", "zz": 1
+            "uri": "x", "state": "active", "capabilities": [], "fdname": "x",
+            "qom-type": "tls-creds-x509", "id": "x", "zz": 1
         });
         let request = json!({ "execute": verb["name"], "arguments": arguments });
         let answer = client.ask(&request.to_string());

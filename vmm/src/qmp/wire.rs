@@ -65,6 +65,9 @@ pub enum Error {
     /// A descriptor that a client has not passed, or that can't be named.
     #[error(transparent)]
     Descriptor(#[from] migration::descriptors::Error),
+    /// Credentials that can't be had or are not there.
+    #[error(transparent)]
+    Credentials(#[from] migration::credentials::Error),
     /// What was asked for can't be done in the state that the VM is in.
     #[error("{0}")]
     State(&'static str),
@@ -110,6 +113,7 @@ impl Errno for Error {
             Error::Control(error) => error.errno(),
             Error::Migration(error) => error.errno(),
             Error::Descriptor(error) => error.errno(),
+            Error::Credentials(error) => error.errno(),
             _ => libc::EINVAL,
         }
     }

@@ -96,6 +96,9 @@ pub(crate) enum Error {
         /// The first bytes.
         start: [u8; 8],
     },
+    /// The peer encrypts.
+    #[error("the peer speaks TLS: both sides need tls-creds")]
+    Encrypted,
     /// The peer is of another version.
     #[error("the peer speaks version {theirs} of the migration stream, this monitor {ours}")]
     Version {
@@ -150,7 +153,9 @@ impl Errno for Error {
         match self {
             Error::Read { source, .. } | Error::Write { source, .. } => source.errno(),
             Error::Truncated { .. } => libc::ECONNRESET,
-            Error::Foreign { .. } | Error::Version { .. } => libc::EPROTONOSUPPORT,
+            Error::Foreign { .. } | Error::Encrypted | Error::Version { .. } => {
+                libc::EPROTONOSUPPORT
+            }
             Error::Corrupt { .. } | Error::Malformed { .. } => libc::EBADMSG,
             Error::Unexpected { .. } => libc::EPROTO,
             Error::Peer { .. } => libc::EREMOTEIO,

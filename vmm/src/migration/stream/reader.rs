@@ -36,12 +36,13 @@ impl<R: Read> FrameReader<R> {
     /// Checks how the stream starts.
     pub(crate) fn preface(&mut self) -> Result<(), Error> {
         let mut start = [0; PREFACE.len()];
-        read_exact(
-            &mut self.inner,
-            &mut self.offset,
-            &mut start,
-            "inside its first 8 bytes",
-        )?;
+        let place = "inside its first 8 bytes";
+        let read = read_exact(&mut self.inner, &mut self.offset, &mut start, place);
+        // A record of a handshake, or of an alert, which has 7 bytes.
+        if let [0x15 | 0x16, 3, ..] = start {
+            return Err(Error::Encrypted);
+        }
+        read?;
         if start == PREFACE {
             return Ok(());
         }

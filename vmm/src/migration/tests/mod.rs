@@ -4,6 +4,7 @@ mod faults;
 mod oneway;
 mod outcomes;
 mod shared;
+mod tls;
 
 use std::ffi::CString;
 use std::io;
@@ -20,6 +21,7 @@ use super::descriptors::Descriptors;
 use super::status::{MigrationStatus, QueryMigrate, Side, Span};
 use super::stop::Stop;
 use super::stream::header::Shape;
+use super::tls::Security;
 use super::uri::Uri;
 use super::vm::{MigrationVm, SavedDevice, SourceVm, TargetVm};
 use super::{Parameters, incoming, outgoing};
@@ -259,6 +261,8 @@ struct Bench {
     folder: TempDir,
     source: Arc<Board>,
     target: Arc<Board>,
+    source_security: Option<Security>,
+    target_security: Option<Security>,
 }
 
 impl Bench {
@@ -268,6 +272,8 @@ impl Bench {
             folder: tempfile::tempdir().unwrap(),
             source: board(),
             target: board(),
+            source_security: None,
+            target_security: None,
         }
     }
 
@@ -291,6 +297,7 @@ impl Bench {
         );
         let listener =
             Listener::bind(&there, &mut Descriptors::default(), Plaintext::Refused).unwrap();
+        let listener = listener.secured(self.target_security.clone());
         let (vm, board, text) = (target.clone(), Arc::clone(&self.target), there.to_string());
         let patience = parameters.patience;
         let thread = thread::spawn(move || incoming::run(&vm, listener, &text, patience, &board));
@@ -302,6 +309,7 @@ impl Bench {
                 .begin(Side::Source, uri.to_string(), Some(total))
         );
         let target_of_it = Target::new(uri, &mut Descriptors::default()).unwrap();
+        let target_of_it = target_of_it.secured(self.source_security.clone());
         outgoing::run(source, target_of_it, &parameters, &self.source);
         thread.join().unwrap();
         Outcome {

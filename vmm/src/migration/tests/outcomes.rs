@@ -239,6 +239,7 @@ fn a_destination_that_waits_can_be_cancelled() {
             Uri::Tcp {
                 host: "127.0.0.1".into(),
                 port: 0,
+                tls: false,
             }
         } else {
             unix
