@@ -57,8 +57,6 @@ pub(crate) struct Artifacts {
     pub(crate) scenario: PathBuf,
     /// One host of a migration between two, `blackout-host`.
     pub(crate) host: PathBuf,
-    /// What measures the ITS and GIC handlers, `bench-its`.
-    pub(crate) bench_its: PathBuf,
     /// What measures the monitor by itself, `bench-boot`.
     pub(crate) bench_boot: PathBuf,
     /// What measures dark times, `bench-downtime`.
@@ -121,11 +119,43 @@ pub(crate) fn build(platform: Platform) -> Result<Artifacts> {
         tool: program("blackout")?,
         scenario: program("blackout-scenario")?,
         host: program("blackout-host")?,
-        bench_its: program("bench-its")?,
         bench_boot: program("bench-boot")?,
         bench_downtime: program("bench-downtime")?,
         bench_throughput: program("bench-throughput")?,
         guest,
+    })
+}
+
+/// What counts instructions in the testbed.
+#[derive(Clone, Debug)]
+pub(crate) struct Counter {
+    /// What measures the ITS and GIC handlers, `bench-its`.
+    pub(crate) program: PathBuf,
+    /// The bare-metal guest.
+    pub(crate) guest: PathBuf,
+}
+
+/// Builds nothing but what counts: this takes neither eBPF programs nor their compiler.
+pub(crate) fn build_counter() -> Result<Counter> {
+    build_counter_of(paths::workspace(), &paths::target())
+}
+
+/// The same from the sources in `workspace`; cargo works in `target`.
+pub(crate) fn build_counter_of(workspace: &Path, target: &Path) -> Result<Counter> {
+    let mut guest = guest_cargo(Platform::Testbed)?;
+    let mut program = cargo(Platform::Testbed, "build")?;
+    program.args(["--package", "blackout-tests", "--bin", "bench-its"]);
+    for cargo in [&mut guest, &mut program] {
+        cargo.current_dir(workspace).env("CARGO_TARGET_DIR", target);
+    }
+    let built = |cargo: &mut Command, name: &str| {
+        executables(cargo, Harness::None)?
+            .remove(name)
+            .with_context(|| format!("cargo built no program {name}"))
+    };
+    Ok(Counter {
+        guest: built(&mut guest, "blackout-guest")?,
+        program: built(&mut program, "bench-its")?,
     })
 }
 
@@ -186,6 +216,13 @@ pub(crate) fn build_bpf(platform: Platform) -> Result<PathBuf> {
 
 /// Builds the bare-metal guest.
 fn build_guest(platform: Platform) -> Result<PathBuf> {
+    executables(&mut guest_cargo(platform)?, Harness::None)?
+        .remove("blackout-guest")
+        .context("cargo built no guest")
+}
+
+/// Cargo that builds the bare-metal guest.
+fn guest_cargo(platform: Platform) -> Result<Command> {
     let arch = platform.arch();
     let choice = Choice::for_guest(arch).with_context(|| {
         format!("no compiler here builds bare-metal {arch} programs: run `cargo xtask setup`")
@@ -195,9 +232,7 @@ fn build_guest(platform: Platform) -> Result<PathBuf> {
     if choice.build_core {
         cargo.arg("--target-dir").arg(paths::target().join("guest"));
     }
-    executables(&mut cargo, Harness::None)?
-        .remove("blackout-guest")
-        .context("cargo built no guest")
+    Ok(cargo)
 }
 
 /// Cargo for programs with an operating system below them.

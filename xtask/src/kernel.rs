@@ -2,6 +2,7 @@
 //! puts them.
 
 use std::fmt;
+use std::fs;
 use std::path::PathBuf;
 
 use anyhow::{Result, bail};
@@ -206,6 +207,8 @@ const GUEST_MODULES: [&str; 12] = [
 pub(crate) struct Kernel {
     /// What it runs on.
     pub(crate) arch: Arch,
+    /// Its release, as `uname -r` says it.
+    pub(crate) release: String,
     /// The kernel's `Image` or `bzImage`.
     pub(crate) image: PathBuf,
     /// A static busybox of the same architecture.
@@ -235,8 +238,10 @@ impl Kernel {
             })
             .filter(|(_, file)| file.is_file())
             .collect();
+        let release = fs::read_to_string(folder.join("version")).unwrap_or_default();
         Ok(Self {
             arch: package.arch,
+            release: release.trim().to_owned(),
             image,
             busybox: folder.join("busybox"),
             modules,

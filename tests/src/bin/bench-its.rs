@@ -28,8 +28,10 @@ use vmm::spanlog::{SpanLog, SpanRecord, monotonic_ns};
 
 /// How long the guest may take for its setup or for one command.
 const LIMIT: Duration = Duration::from_secs(300);
-/// How long the guest runs between two stops.
+/// How long the guest runs between two stops, at least.
 const PAUSE: Duration = Duration::from_millis(2);
+/// The period of the timer's ticks in Debian's kernels, `CONFIG_HZ=250`.
+const TICK: Duration = Duration::from_millis(4);
 
 /// Measures what the ITS and GIC handlers add to their ioctls.
 #[derive(Parser)]
@@ -106,10 +108,11 @@ fn measure(arguments: &Arguments, size: Size) -> Result<Value> {
     let machine = &source.machine;
     machine.ram().set_dirty_log(machine.vm(), true)?;
     let mut stops = Stops::default();
-    for _ in 1..arguments.stops {
+    for stop in 1..arguments.stops {
         stops.stop(&mut source.machine)?;
         vm_start(&mut source.machine)?;
-        thread::sleep(PAUSE);
+        let share = stop as f64 / arguments.stops as f64;
+        thread::sleep(until_phase(monotonic_ns(), TICK.mul_f64(share)));
     }
     if arguments.check {
         source.command(command::RAISE_MASKED, size.devices * size.events / 2)?;
@@ -133,6 +136,17 @@ fn measure(arguments: &Arguments, size: Size) -> Result<Value> {
         "gic_restore_pending_tables": summary(&loads.gic),
         "load": summaries(&loads.load),
     }))
+}
+
+/// How long to wait from `now`, [`PAUSE`] at least, until so much of a tick's period has passed.
+///
+/// Stops that follow each other at their own pace fall into step with the ticks: one that lies in a
+/// handler would lie there in every stop. Spread over the period, some stops have none.
+fn until_phase(now: u64, phase: Duration) -> Duration {
+    let (pause, tick) = (PAUSE.as_nanos() as u64, TICK.as_nanos() as u64);
+    let since = (now + pause) % tick;
+    let more = (phase.as_nanos() as u64 + tick - since) % tick;
+    Duration::from_nanos(pause + more)
 }
 
 /// A machine with the bare-metal guest in it.

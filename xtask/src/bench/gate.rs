@@ -7,6 +7,7 @@ use anyhow::Result;
 use serde_json::json;
 
 use super::compare::write;
+use crate::artifacts;
 use crate::gate::{self, Counts};
 use crate::setup::{self, Purpose};
 
@@ -35,21 +36,22 @@ pub(super) struct Arguments {
 
 /// Runs the benchmark; 1 when the gate flaked or missed, or when counts did not repeat.
 pub(super) fn run(arguments: &Arguments) -> Result<u8> {
-    setup::ensure(&[Purpose::Build, Purpose::Testbed])?;
-    let baseline = gate::measure(None)?;
+    setup::ensure(&[Purpose::Gate])?;
+    let counter = artifacts::build_counter()?;
+    let baseline = gate::measure(&counter, None)?;
     let mut runs = vec![baseline.clone()];
     let mut problems = Vec::new();
     for run in 1..=arguments.same {
-        let counts = gate::measure(None)?;
-        for problem in gate::compare(&baseline, &counts) {
+        let counts = gate::measure(&counter, None)?;
+        for problem in counts.against(&baseline).problems {
             problems.push(format!("run {run}, false alarm: {problem}"));
         }
         runs.push(counts);
     }
     let mut found = 0;
     for _ in 0..arguments.slower {
-        let counts = gate::measure(Some(arguments.instructions))?;
-        let named = gate::compare(&baseline, &counts);
+        let counts = gate::measure(&counter, Some(arguments.instructions))?;
+        let named = counts.against(&baseline).problems;
         found += u32::from(named.iter().any(|problem| problem.contains(SLOWED)));
     }
     let (name, spread) = widest(&runs);
@@ -81,7 +83,8 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8> {
         "found": found,
         "widest": { "figure": name, "share": spread },
         "problems": problems,
-        "runs": runs,
+        "kernel": baseline.kernel,
+        "runs": runs.iter().map(|run| &run.figures).collect::<Vec<_>>(),
     });
     write(None, "gate.json", &figures)?;
     Ok(u8::from(!problems.is_empty()))
@@ -91,8 +94,8 @@ pub(super) fn run(arguments: &Arguments) -> Result<u8> {
 /// can tell apart.
 fn widest(runs: &[Counts]) -> (String, f64) {
     let mut widest = (String::new(), 0.0);
-    for name in runs.iter().flat_map(Counts::keys) {
-        let counts = runs.iter().filter_map(|run| run.get(name).copied());
+    for name in runs.iter().flat_map(|run| run.figures.keys()) {
+        let counts = runs.iter().filter_map(|run| run.figures.get(name).copied());
         let (Some(least), Some(most)) = (counts.clone().min(), counts.max()) else {
             continue;
         };
@@ -115,7 +118,10 @@ mod tests {
             let pairs = [("1x1 its.handler", its), ("1x1 gicv3.handler", gic)];
             let other = [("1x1 save.gic", its * gic)];
             let all = pairs.into_iter().chain(other);
-            all.map(|(name, count)| (name.to_owned(), count)).collect()
+            Counts {
+                figures: all.map(|(name, count)| (name.to_owned(), count)).collect(),
+                ..Counts::default()
+            }
         };
         let (name, share) = widest(&[run(10_000, 500), run(10_016, 521)]);
         assert_eq!(name, "1x1 gicv3.handler");

@@ -13,7 +13,7 @@ use anyhow::{Context, Result, bail};
 use serde_json::{Value, json};
 
 use super::plot::{self, Series};
-use crate::artifacts::{self, Platform};
+use crate::artifacts::{self, Counter};
 use crate::kernel::{self, Arch, Package};
 use crate::paths;
 use crate::setup::{self, Purpose};
@@ -39,7 +39,7 @@ const SIZES: [(u64, u64); 15] = [
     (4096, 16),
 ];
 
-/// What a save took on Linux 6.12, measured with a program of 300 lines that knows nothing but the
+/// What a save took on Linux 6.12.107, measured with a program of 300 lines that knows nothing but the
 /// ioctls: devices, events of each, instructions.
 const KNOWN_SAVES: [(u64, u64, u64); 5] = [
     (1, 1, 3_100),
@@ -49,8 +49,8 @@ const KNOWN_SAVES: [(u64, u64, u64); 5] = [
     (4096, 16, 29_400_000),
 ];
 
-/// How far from it a save may be.
-const TOLERANCE: f64 = 0.03;
+/// How far from it a save may be. Debian's next kernel, 6.12.117, takes 3.2 % more for 16 × 16.
+const TOLERANCE: f64 = 0.05;
 
 /// What a handler may add to its ioctl, instructions.
 const ADDED_MAX: u64 = 1000;
@@ -80,7 +80,7 @@ pub(crate) struct Arguments {
 
 /// Runs the benchmark, prints the table, writes the files; 1 when a figure is out of bounds.
 pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
-    setup::ensure(&[Purpose::Build, Purpose::Testbed])?;
+    setup::ensure(&[Purpose::Gate])?;
     let points = measure(arguments)?;
     print(&points);
     let mut problems = too_much_added(&points);
@@ -146,7 +146,7 @@ fn measure(arguments: &Arguments) -> Result<Vec<Point>> {
         slower: None,
         timeout: Duration::from_secs(arguments.timeout),
     };
-    let lines = plan.run("bench")?;
+    let lines = plan.run(&artifacts::build_counter()?, "bench")?;
     lines.iter().map(|line| Point::parse(line)).collect()
 }
 
@@ -169,14 +169,14 @@ pub(crate) struct Plan<'a> {
 }
 
 impl Plan<'_> {
-    /// Builds the programs, boots the testbed called `name`, and measures: one line of JSON a size.
-    pub(crate) fn run(&self, name: &str) -> Result<Vec<String>> {
-        let artifacts = artifacts::build(Platform::Testbed)?;
+    /// Boots the testbed called `name`, and measures: one line of JSON a size.
+    pub(crate) fn run(&self, counter: &Counter, name: &str) -> Result<Vec<String>> {
         let kernel = kernel::Kernel::find(Package::testbed(self.kernel, Arch::Aarch64))?;
         let testbed = Testbed::new(kernel, name)
             .mode(Mode::Counting)
-            .programs(&artifacts)
-            .file(&artifacts.bench_its, "/bin/bench-its");
+            .file(&counter.program, "/bin/bench-its")
+            .file(&counter.guest, "/bin/blackout-guest")
+            .env("BLACKOUT_GUEST", "/bin/blackout-guest");
         let numbers = [
             ("--stops", Some(self.stops)),
             ("--restores", Some(self.restores)),
@@ -335,7 +335,7 @@ mod tests {
     }
 
     #[test]
-    fn a_save_may_be_3_percent_off() {
+    fn a_save_may_be_5_percent_off() {
         let known = |devices, events| {
             let all = KNOWN_SAVES.iter();
             let mut all = all.filter(|known| (known.0, known.1) == (devices, events));
@@ -346,9 +346,9 @@ mod tests {
             all.map(|&(d, e, _)| point(d, e, (known(d, e) as f64 * factor) as u64, 0))
                 .collect()
         };
-        assert_eq!(unlike_known(&points(1.029)).len(), 0);
-        assert_eq!(unlike_known(&points(0.971)).len(), 0);
-        assert_eq!(unlike_known(&points(1.031)).len(), KNOWN_SAVES.len());
+        assert_eq!(unlike_known(&points(1.049)).len(), 0);
+        assert_eq!(unlike_known(&points(0.951)).len(), 0);
+        assert_eq!(unlike_known(&points(1.051)).len(), KNOWN_SAVES.len());
         assert_eq!(unlike_known(&[]).len(), KNOWN_SAVES.len());
     }
 
