@@ -2,7 +2,7 @@
 //! completions and bpftrace scripts, as an archive and as a Debian package.
 //!
 //! What was made is tried: every monitor has every probe of the table, and the Debian package of this
-//! machine's architecture is installed into a folder and runs from there.
+//! machine's architecture is installed into a folder, runs from there, and is removed again.
 
 use std::env::consts::ARCH;
 use std::fs;
@@ -22,6 +22,10 @@ const PROGRAMS: [&str; 2] = ["blackout", "blackout-vmm"];
 const PAGES: &str = "share/man/man1";
 const SCRIPTS: &str = "share/blackout/scripts";
 const DOCUMENTS: &str = "share/doc/blackout";
+const UNITS: &str = "lib/systemd/system";
+
+/// The service that watches, which the package installs but does not start.
+const UNIT: &str = "blackout-watch.service";
 
 /// Folder and file name of the completions of each shell, as packages have them.
 const COMPLETIONS: [(&str, &str, &str); 3] = [
@@ -31,7 +35,7 @@ const COMPLETIONS: [(&str, &str, &str); 3] = [
 ];
 
 /// Arguments of `cargo xtask dist`.
-#[derive(clap::Args)]
+#[derive(clap::Args, Default)]
 pub(crate) struct Arguments {
     /// Where archives and packages go.
     #[arg(long, value_name = "DIR")]
@@ -69,7 +73,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
                 .arg(&archive)
                 .arg("--directory")
                 .arg(&root)
-                .args(["bin", "share"]),
+                .args(["bin", "lib", "share"]),
         )?;
         println!("archive  {}", archive.display());
         let package = package(&choice, &out)?;
@@ -127,6 +131,10 @@ fn stage(programs: &[PathBuf], manual: &Path) -> Result<PathBuf> {
         &paths::workspace().join("ebpf/scripts"),
         &root.join(SCRIPTS),
     )?;
+    copy(
+        &paths::workspace().join("ebpf/dist").join(UNIT),
+        &root.join(UNITS).join(UNIT),
+    )?;
     for name in ["README.md", "LICENSE"] {
         copy(
             &paths::workspace().join(name),
@@ -183,7 +191,7 @@ fn package(choice: &Choice, out: &Path) -> Result<PathBuf> {
     Ok(PathBuf::from(path))
 }
 
-/// Installs a package into a folder, and runs what it put there.
+/// Installs a package into a folder, runs what it put there, and removes it.
 fn install(package: &Path) -> Result<()> {
     let root = paths::target().join("dist-installed");
     renew(&root)?;
@@ -192,13 +200,16 @@ fn install(package: &Path) -> Result<()> {
         fs::create_dir_all(database.join(folder)).context("cannot make dpkg's folders")?;
     }
     fs::write(database.join("status"), "").context("cannot make dpkg's database")?;
-    command::run(
-        Command::new("dpkg")
-            .arg(format!("--root={}", root.display()))
-            .args(["--force-not-root", "--force-bad-path", "--log=/dev/null"])
-            .arg("--install")
-            .arg(package),
-    )?;
+    let dpkg = |action: &str, what: &Path| {
+        command::run(
+            Command::new("dpkg")
+                .arg(format!("--root={}", root.display()))
+                .args(["--force-not-root", "--force-bad-path", "--log=/dev/null"])
+                .arg(action)
+                .arg(what),
+        )
+    };
+    dpkg("--install", package)?;
     for program in PROGRAMS {
         let installed = root.join("usr/bin").join(program);
         let version = command::output(Command::new(&installed).arg("--version"))?;
@@ -218,7 +229,26 @@ fn install(package: &Path) -> Result<()> {
         probes.contains("migration_stop_vm_begin"),
         "no probes: {probes}"
     );
-    println!("installed and run from {}", root.display());
+    let unit = root.join("usr").join(UNITS).join(UNIT);
+    let says = fs::read_to_string(&unit)
+        .with_context(|| format!("the service is not there: {}", unit.display()))?;
+    let command = says
+        .lines()
+        .find_map(|line| line.strip_prefix("ExecStart="));
+    let (program, arguments) = command
+        .and_then(|command| command.split_once(' '))
+        .context("the service starts nothing")?;
+    let verb = arguments.split(' ').next().unwrap_or_default();
+    let installed = root.join(program.trim_start_matches('/'));
+    command::output(Command::new(installed).args([verb, "--help"]))
+        .with_context(|| format!("the service's {command:?}"))?;
+    dpkg("--remove", Path::new("blackout"))?;
+    ensure!(
+        !root.join("usr/bin/blackout").exists() && !unit.exists(),
+        "removing the package leaves files in {}",
+        root.display()
+    );
+    println!("installed into {}, run from there, removed", root.display());
     Ok(())
 }
 

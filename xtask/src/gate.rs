@@ -26,7 +26,7 @@ use crate::setup::{self, Purpose};
 const SIZES: [(u64, u64); 2] = [(16, 16), (256, 16)];
 
 /// Arguments of `cargo xtask gate`.
-#[derive(clap::Args)]
+#[derive(clap::Args, Default)]
 pub(crate) struct Arguments {
     /// Write what was measured into the baseline instead of holding it against it.
     #[arg(long, conflicts_with = "against")]

@@ -14,7 +14,7 @@ use crate::artifacts::{self, Platform};
 use crate::kernel::{Arch, Kernel, Package, Series};
 use crate::setup::{self, Purpose};
 use crate::testbed::{STARTED_AGAIN, Testbed};
-use crate::{command, fuzz, linux, paths, two_hosts};
+use crate::{command, dist, fuzz, gate, linux, paths, two_hosts};
 
 /// Longer than any part takes on two slow cores; a test that hangs ends here.
 const TIMEOUT: Duration = Duration::from_secs(1800);
@@ -94,8 +94,33 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
             Part::Nested => nested_tests(arguments, &mut tally)?,
         }
     }
+    if arguments.slow && arguments.parts.is_empty() && arguments.filters.is_empty() {
+        tools(&mut tally);
+    }
     println!("{tally}");
     Ok(u8::from(tally.failed > 0))
+}
+
+/// The verbs that others rely on: the gate, and the packages, which are installed and run.
+fn tools(tally: &mut Tally) {
+    let verbs: [(&str, &dyn Fn() -> Result<u8>); 2] = [
+        ("gate", &|| gate::run(&gate::Arguments::default())),
+        ("dist", &|| dist::run(&dist::Arguments::default())),
+    ];
+    for (name, verb) in verbs {
+        println!("== cargo xtask {name}");
+        match verb() {
+            Ok(0) => tally.ok += 1,
+            Ok(code) => {
+                println!("cargo xtask {name}: FAILED, {code}");
+                tally.failed += 1;
+            }
+            Err(error) => {
+                println!("cargo xtask {name}: FAILED: {error:#}");
+                tally.failed += 1;
+            }
+        }
+    }
 }
 
 fn unit_tests(arguments: &Arguments, tally: &mut Tally) -> Result<()> {
