@@ -64,6 +64,21 @@ fn a_guest_moves_by_tls() -> Result<()> {
     there.runs()
 }
 
+/// Each of the connections proves who it is.
+#[test]
+fn a_guest_moves_by_tls_over_several_connections() -> Result<()> {
+    let folder = credentials()?;
+    let mut source = Running::boot(&options(folder.path(), "client"))?;
+    let (mut there, port) = wait_for(&options(folder.path(), "server"), "tls")?;
+    let qmp = &mut source.vmm.qmp;
+    let multifd = json!({ "capabilities": [{ "capability": "multifd", "state": true }] });
+    qmp.execute("migrate-set-capabilities", multifd)?;
+    qmp.execute("migrate-set-parameters", json!({ "multifd-channels": 4 }))?;
+    let answer = qmp.migrate(&format!("tls:{HOST}:{port}"), LIMIT)?;
+    ensure!(answer["status"] == "completed", "{answer}");
+    there.runs()
+}
+
 /// Objects and parameters by QMP, as libvirt does it, and a name that is not the URI's.
 #[test]
 fn a_guest_moves_by_tls_as_qemu_names_it() -> Result<()> {

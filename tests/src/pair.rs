@@ -8,6 +8,7 @@ use clap::ValueEnum;
 use serde::Serialize;
 use serde_json::json;
 
+use crate::certificates::{Authority, Purpose, Validity};
 use crate::{GuestView, Vmm, VmmOptions};
 
 /// Whose monitor.
@@ -26,6 +27,10 @@ pub enum Monitor {
 pub enum Transport {
     /// TCP on loopback.
     Tcp,
+    /// TCP on loopback, with a CA and certificates of its own.
+    Tls,
+    /// TCP on loopback, with four connections for pages.
+    Multifd,
     /// A unix socket.
     Unix,
     /// A unix socket over which guest RAM is passed and not sent: `mode: cpr-transfer`.
@@ -57,7 +62,28 @@ impl Pair {
             Monitor::Blackout => Vmm::spawn,
             Monitor::Qemu => Vmm::spawn_qemu,
         };
-        let mut source = spawn(options)?;
+        let pki = tempfile::tempdir()?;
+        let side = |endpoint: &str| {
+            let mut options = options.clone();
+            if transport == Transport::Tls {
+                let dir = pki.path().display();
+                let object = format!("tls-creds-x509,id=tls0,dir={dir},endpoint={endpoint}");
+                let option = match monitor {
+                    Monitor::Blackout => "--object",
+                    Monitor::Qemu => "-object",
+                };
+                options.extra.extend([option.to_owned(), object]);
+            }
+            options
+        };
+        if transport == Transport::Tls {
+            let ca = Authority::new();
+            ca.trust(pki.path());
+            ca.issue(pki.path(), Purpose::Client, &[], Validity::Now);
+            ca.issue(pki.path(), Purpose::Server, &["127.0.0.1"], Validity::Now);
+        }
+        let mut source = spawn(&side("client"))?;
+        prepare(&mut source, transport)?;
         if transport == Transport::Cpr {
             let mode = json!({ "mode": "cpr-transfer" });
             let set = source.qmp.execute("migrate-set-parameters", mode);
@@ -71,9 +97,15 @@ impl Pair {
             Transport::Unix | Transport::Cpr => {
                 format!("unix:{}", source.dir().join("migration").display())
             }
-            Transport::Tcp => format!("tcp:127.0.0.1:{}", free_port()?),
+            Transport::Tcp | Transport::Tls | Transport::Multifd => {
+                format!("tcp:127.0.0.1:{}", free_port()?)
+            }
         };
-        let destination = spawn(&options.incoming(&uri))?;
+        let mut destination = spawn(&side("server").incoming("defer"))?;
+        prepare(&mut destination, transport)?;
+        destination
+            .qmp
+            .execute("migrate-incoming", json!({ "uri": uri }))?;
         Ok(Pair {
             source,
             destination,
@@ -81,6 +113,21 @@ impl Pair {
             uri,
         })
     }
+}
+
+/// Tells a monitor how it is to migrate.
+fn prepare(vmm: &mut Vmm, transport: Transport) -> Result<()> {
+    let parameters = match transport {
+        Transport::Tls => json!({ "tls-creds": "tls0" }),
+        Transport::Multifd => {
+            let multifd = json!({ "capabilities": [{ "capability": "multifd", "state": true }] });
+            vmm.qmp.execute("migrate-set-capabilities", multifd)?;
+            json!({ "multifd-channels": 4 })
+        }
+        _ => return Ok(()),
+    };
+    vmm.qmp.execute("migrate-set-parameters", parameters)?;
+    Ok(())
 }
 
 /// A TCP port on loopback that nobody listens on.

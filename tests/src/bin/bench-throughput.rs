@@ -35,6 +35,9 @@ struct Arguments {
     /// Whose migrations to measure; they take turns.
     #[arg(long, value_enum, required = true, value_delimiter = ',')]
     monitors: Vec<Monitor>,
+    /// What to migrate over: tcp, tls, or multifd with four connections.
+    #[arg(long, value_enum, required = true, value_delimiter = ',')]
+    transports: Vec<Transport>,
     /// Guest RAM, GiB.
     #[arg(long, default_value_t = 4)]
     gib: u64,
@@ -55,30 +58,39 @@ fn main() -> ExitCode {
 
 fn run(arguments: &Arguments) -> Result<()> {
     for _ in 0..arguments.runs {
-        let took = sockets(arguments.gib << 30)?;
-        println!(
-            "{}",
-            json!({ "what": "sockets", "ns": ns(took), "cpu_ns": null })
-        );
-        for &monitor in &arguments.monitors {
-            let (took, cpu) = migrate(arguments, monitor)?;
-            println!(
-                "{}",
-                json!({ "what": monitor, "ns": ns(took), "cpu_ns": ns(cpu) })
-            );
+        for &transport in &arguments.transports {
+            let connections = match transport {
+                Transport::Multifd => 4,
+                _ => 1,
+            };
+            let took = sockets(arguments.gib << 30, connections)?;
+            let run = json!({ "what": "sockets", "transport": transport, "ns": ns(took) });
+            println!("{run}");
+            for &monitor in &arguments.monitors {
+                let (took, cpu) = migrate(arguments, monitor, transport)?;
+                let (ns, cpu_ns) = (ns(took), ns(cpu));
+                let run = json!({
+                    "what": monitor, "transport": transport, "ns": ns, "cpu_ns": cpu_ns
+                });
+                println!("{run}");
+            }
         }
     }
     Ok(())
 }
 
 /// Migrates a fresh guest: how long that took, and how much CPU time of both sides.
-fn migrate(arguments: &Arguments, monitor: Monitor) -> Result<(Duration, Duration)> {
+fn migrate(
+    arguments: &Arguments,
+    monitor: Monitor,
+    transport: Transport,
+) -> Result<(Duration, Duration)> {
     let options = VmmOptions {
         memory: format!("{}G", arguments.gib),
         cmdline: "idle=1".into(),
         ..VmmOptions::default()
     };
-    let mut pair = Pair::spawn(monitor, Transport::Tcp, &options, LIMIT)?;
+    let mut pair = Pair::spawn(monitor, transport, &options, LIMIT)?;
     pair.guest.fill(KEPT, arguments.gib << 30)?;
     // The rest of a limit that would keep a monitor from what the sockets can do.
     let unlimited = json!({ "max-bandwidth": 1u64 << 40 });
@@ -123,25 +135,35 @@ fn ticks(stat: &str) -> Result<u64> {
     Ok(next()? + next()?)
 }
 
-/// Moves `bytes` from memory to memory over TCP on loopback: nothing that does more can be faster.
-fn sockets(bytes: u64) -> Result<Duration> {
+/// Moves `bytes` from memory to memory over so many connections by TCP on loopback: nothing that does
+/// more can be faster.
+fn sockets(bytes: u64, connections: u64) -> Result<Duration> {
     let listener = TcpListener::bind("127.0.0.1:0")?;
     let address = listener.local_addr()?;
-    let receiver = thread::spawn(move || {
-        let (mut stream, _) = listener.accept()?;
-        let mut chunk = vec![0; CHUNK];
-        while stream.read(&mut chunk)? > 0 {}
-        std::io::Result::Ok(())
-    });
-    let mut stream = TcpStream::connect(address)?;
-    let chunk = vec![0x5a; CHUNK];
-    let start = Instant::now();
-    for _ in 0..bytes / CHUNK as u64 {
-        stream.write_all(&chunk)?;
+    let mut pairs = Vec::new();
+    for _ in 0..connections {
+        pairs.push((TcpStream::connect(address)?, listener.accept()?.0));
     }
-    drop(stream);
-    receiver.join().ok().context("the receiver panicked")??;
-    Ok(start.elapsed())
+    let chunks = bytes / CHUNK as u64 / connections;
+    let start = Instant::now();
+    thread::scope(|scope| {
+        let mut threads = Vec::new();
+        for (mut out, mut back) in pairs {
+            threads.push(scope.spawn(move || {
+                let chunk = vec![0x5a; CHUNK];
+                (0..chunks).try_for_each(|_| out.write_all(&chunk))
+            }));
+            threads.push(scope.spawn(move || {
+                let mut chunk = vec![0; CHUNK];
+                while back.read(&mut chunk)? > 0 {}
+                Ok(())
+            }));
+        }
+        for thread in threads {
+            thread.join().ok().context("a thread panicked")??;
+        }
+        Ok(start.elapsed())
+    })
 }
 
 fn ns(duration: Duration) -> u64 {

@@ -12,6 +12,7 @@ use socket2::{Domain, SockAddr, Socket, Type};
 
 use super::board::{Board, Cancelled};
 use super::descriptors::{self, Descriptors};
+use super::lanes::MAX_LANES;
 use super::oneway::{Direction, OneWay};
 use super::status::SocketAddress;
 use super::tls::Security;
@@ -129,6 +130,16 @@ impl Target {
             uri,
             security: None,
             passed,
+        })
+    }
+
+    /// The same place once more, for a further connection; none if there can't be another one.
+    pub(super) fn again(&self) -> Option<Target> {
+        let address = matches!(self.uri, Uri::Tcp { .. } | Uri::Unix(_));
+        address.then(|| Target {
+            uri: self.uri.clone(),
+            security: self.security.clone(),
+            passed: None,
         })
     }
 
@@ -309,18 +320,45 @@ impl Listener {
         self.address.clone()
     }
 
-    /// Waits for the source, however long it takes, and listens no more.
+    /// Waits for the source, however long it takes.
     ///
     /// # Errors
     /// Also when a cancel through `board` wakes it.
-    pub(super) fn accept(self, board: &Board) -> Result<Wire, Error> {
-        let socket = match self.from {
-            Origin::Socket(socket) => socket,
-            Origin::Opened(opened) => {
-                board.attach(opened.clone())?;
-                return Ok(opened);
-            }
+    pub(super) fn accept(&self, board: &Board) -> Result<Wire, Error> {
+        let connection = match &self.from {
+            Origin::Socket(socket) => self.next(socket, board)?,
+            Origin::Opened(opened) => opened.clone(),
         };
+        board.attach(connection.clone())?;
+        Ok(connection)
+    }
+
+    /// Waits for a further connection, for no longer than `limit`.
+    ///
+    /// # Errors
+    /// As [`Listener::accept`].
+    pub(super) fn accept_again(
+        &self,
+        limit: Duration,
+        board: &Board,
+    ) -> Result<Option<Wire>, Error> {
+        let failed = |source| Error::Accept {
+            uri: self.uri.to_string(),
+            source,
+        };
+        let Origin::Socket(socket) = &self.from else {
+            return Err(failed(io::ErrorKind::Unsupported.into()));
+        };
+        socket.set_read_timeout(Some(limit)).map_err(failed)?;
+        match self.next(socket, board) {
+            Err(Error::Accept { source, .. }) if source.kind() == io::ErrorKind::WouldBlock => {
+                Ok(None)
+            }
+            accepted => accepted.map(Some),
+        }
+    }
+
+    fn next(&self, socket: &Socket, board: &Board) -> Result<Wire, Error> {
         let failed = |source| Error::Accept {
             uri: self.uri.to_string(),
             source,
@@ -332,9 +370,7 @@ impl Listener {
         }
         let (connection, _) = accepted.map_err(failed)?;
         configure(&connection).map_err(failed)?;
-        let connection = Wire::from(connection);
-        board.attach(connection.clone())?;
-        Ok(connection)
+        Ok(Wire::from(connection))
     }
 }
 
@@ -345,7 +381,7 @@ fn bind(address: &SockAddr) -> io::Result<Socket> {
     }
     socket.set_reuse_address(true)?;
     socket.bind(address)?;
-    socket.listen(1)?;
+    socket.listen(MAX_LANES.into())?;
     Ok(socket)
 }
 

@@ -111,8 +111,11 @@ pub fn take_in(answered: bool, greet: bool, steps: &[Step]) {
 fn stream(shape: &Shape, answered: bool, greet: bool, steps: &[Step]) -> Vec<u8> {
     let mut writer = FrameWriter::new(Vec::new());
     let _ = writer.preface();
-    let shared = false;
-    let terms = Terms { answered, shared };
+    let terms = Terms {
+        answered,
+        shared: false,
+        lanes: 0,
+    };
     if greet {
         let _ = writer.send(&shape.hello(1, [7; 16], terms));
     }

@@ -8,6 +8,8 @@ use std::time::{Duration, Instant};
 use super::board::{Board, Cancelled};
 use super::channel::{Channel, Patience};
 use super::clock::{Clock, Sample};
+use super::flow::Flow;
+use super::lanes::{LaneError, Lanes, Round};
 use super::oneway::FinishError;
 use super::settings::Parameter;
 use super::status::describe;
@@ -15,22 +17,25 @@ use super::stream::Error;
 use super::stream::frame::Kind;
 use super::stream::header::Shape;
 use super::stream::message::{
-    Ack, Commit, Device, End, Loaded, Message, Ping, Pong, RoundEnd, RoundLoaded, Running, Terms,
+    Commit, Device, End, Join, Loaded, Message, Ping, Pong, RoundEnd, RoundLoaded, Running, Terms,
     Token, Welcome,
 };
 use super::stream::ram::{Packer, Tally};
 use super::vm::SavedDevice;
 use super::wire::Wire;
-use crate::memory::{self, GuestRam, PAGE_SIZE, PageRun};
+use super::work::{self, Batch, Work};
+use crate::memory::{self, GuestRam, PageRun};
 use crate::probes::{self, Errno};
 use crate::runstate::RunState;
 use crate::spanlog::{SpanRecord, monotonic_ns};
 
-/// Frames of pages that may be on their way at once: 16 MiB. Each is answered, so this bounds what
-/// the answers take up as well, and neither side can block the other for ever.
-const WINDOW: u64 = 64;
 /// How often a source that keeps to a bandwidth looks whether it still is to.
 const LOOK: Duration = Duration::from_millis(50);
+/// How often a source with several connections looks at them.
+const PACE: Duration = Duration::from_millis(10);
+/// No more pages than this are sent over one connection also when there are several: it is done before
+/// the others are awake.
+const FRAME_PAGES: u64 = 64;
 /// Clock samples before the first round.
 const CLOCK_SAMPLES: u32 = 8;
 
@@ -43,6 +48,9 @@ pub(crate) enum SendError {
     /// The guest's memory.
     #[error("reading guest RAM")]
     Memory(#[from] memory::Error),
+    /// A further connection for pages.
+    #[error(transparent)]
+    Lane(#[from] LaneError),
     /// A person gave up.
     #[error(transparent)]
     Cancelled(#[from] Cancelled),
@@ -53,6 +61,7 @@ impl Errno for SendError {
         match self {
             SendError::Stream(source) => source.errno(),
             SendError::Memory(source) => source.errno(),
+            SendError::Lane(source) => source.errno(),
             SendError::Cancelled(_) => libc::ECANCELED,
         }
     }
@@ -68,6 +77,16 @@ pub(super) enum Pace {
 }
 
 impl Pace {
+    /// How many bytes may have been sent [`PACE`] from now.
+    fn allowed(self, began: Instant, board: &Board) -> u64 {
+        let limit = board.settings().parameter(Parameter::MaxBandwidth);
+        if self == Pace::Full || limit == 0 {
+            return u64::MAX;
+        }
+        let ns = (began.elapsed() + PACE).as_nanos();
+        u64::try_from(u128::from(limit) * ns / 1_000_000_000).unwrap_or(u64::MAX)
+    }
+
     /// Waits until `sent` does not exceed the bandwidth since `began`. The limit may change meanwhile,
     /// so it is asked for again and again.
     fn keep(self, sent: Tally, began: Instant, board: &Board) -> Result<(), Cancelled> {
@@ -109,23 +128,19 @@ pub(super) struct Link {
     /// The destination's, for `commit`.
     their_token: Token,
     flow: Flow,
+    /// Further connections for pages.
+    lanes: Lanes,
+    /// Payload bytes that were loaded from them.
+    lane_bytes_loaded: u64,
+    /// And that were sent over them.
+    lane_bytes_sent: u64,
     /// When `commit` was sent, for the clock.
     commit_ns: u64,
 }
 
-/// What is on its way.
-#[derive(Debug, Default)]
-struct Flow {
-    frames_sent: u64,
-    frames_loaded: u64,
-    /// Payload bytes of `ram` frames.
-    bytes_sent: u64,
-    bytes_loaded: u64,
-}
-
 impl Link {
-    /// Introduces the guest of migration `id` over `wire`, and reads the other side's clock. `ram` is
-    /// passed if its pages are not to be sent.
+    /// Introduces the guest of migration `id` over `wire`. `ram` is passed if its pages are not to be
+    /// sent. The destination waits for so many `lanes` then, which [`Link::add_lane`] adds.
     ///
     /// # Errors
     /// When the destination can't take the guest: [`Error::Peer`] has its reason.
@@ -135,6 +150,7 @@ impl Link {
         token: Token,
         shape: &Shape,
         ram: Option<OwnedFd>,
+        lanes: u8,
         patience: Patience,
     ) -> Result<Self, Error> {
         let failed = |source| Error::Write { offset: 0, source };
@@ -142,12 +158,16 @@ impl Link {
             terms: Terms {
                 answered: wire.one_way().is_none(),
                 shared: ram.is_some(),
+                lanes,
             },
             channel: Channel::new(wire, patience).map_err(failed)?,
             clock: Clock::default(),
             token,
             their_token: Token::default(),
             flow: Flow::default(),
+            lanes: Lanes::default(),
+            lane_bytes_loaded: 0,
+            lane_bytes_sent: 0,
             commit_ns: 0,
         };
         let greeted = link.greet(id, shape, ram);
@@ -173,6 +193,28 @@ impl Link {
         self.channel.receive_preface()?;
         let welcome: Welcome = self.channel.receive()?.decode("the destination's answer")?;
         self.their_token = welcome.token;
+        Ok(())
+    }
+
+    /// Adds a further connection to the destination, for pages.
+    ///
+    /// # Errors
+    /// When the destination does not take it.
+    pub(super) fn add_lane(&mut self, wire: Wire, patience: Patience) -> Result<(), Error> {
+        let failed = |source| Error::Write { offset: 0, source };
+        let mut channel = Channel::new(wire.clone(), patience).map_err(failed)?;
+        channel.send_preface()?;
+        channel.send(&Join {
+            token: self.their_token,
+            lane: self.lanes.len(),
+        })?;
+        channel.receive_preface()?;
+        let of = self.terms.lanes;
+        self.lanes.add(wire, channel, of).map_err(failed)
+    }
+
+    /// Reads the other side's clock for the first time, if it can be heard.
+    pub(super) fn meet_clock(&mut self) -> Result<(), Error> {
         for _ in 0..CLOCK_SAMPLES {
             self.read_clock()?;
         }
@@ -225,7 +267,7 @@ impl Link {
 
     /// Payload bytes of pages that the destination has loaded.
     pub(super) fn loaded_bytes(&self) -> u64 {
-        self.flow.bytes_loaded
+        self.flow.bytes_loaded() + self.lane_bytes_loaded
     }
 
     /// Sends the pages of a round, never more of them ahead of what the destination has loaded than
@@ -239,50 +281,66 @@ impl Link {
         pace: Pace,
         board: &Board,
     ) -> Result<Tally, SendError> {
-        let mut packer = Packer::new(round);
+        let mut work = Work::new(zeroes, runs);
+        let pages: u64 = [zeroes, runs].concat().iter().map(|run| run.pages).sum();
+        if !self.lanes.is_empty() && pages > FRAME_PAGES {
+            return self.send_over_lanes(ram, round, work, pace, board);
+        }
+        let (mut packer, mut batch) = (Packer::new(round), Batch::default());
         let mut sent = Tally::default();
         let began = Instant::now();
-        for &PageRun { mut gpa, mut pages } in zeroes {
-            while pages > 0 {
-                if packer.is_full() {
-                    sent.add(self.send_packed(&mut packer, board)?);
-                }
-                let added = packer.add_zeroes(PageRun { gpa, pages });
-                (gpa, pages) = (gpa + added * PAGE_SIZE, pages - added);
-            }
-        }
-        for run in runs {
-            for page in 0..run.pages {
-                if packer.is_full() {
-                    sent.add(self.send_packed(&mut packer, board)?);
-                    pace.keep(sent, began, board)?;
-                }
-                packer.add(ram, run.gpa + page * PAGE_SIZE)?;
-            }
-        }
-        if packer.tally().pages > 0 {
+        while work::fill(ram, &mut packer, &mut batch, |room, batch| {
+            work.take(room, batch)
+        })? {
             sent.add(self.send_packed(&mut packer, board)?);
+            pace.keep(sent, began, board)?;
         }
-        pace.keep(sent, began, board)?;
         Ok(sent)
     }
 
     fn send_packed(&mut self, packer: &mut Packer, board: &Board) -> Result<Tally, Error> {
-        while self.flow.frames_sent - self.flow.frames_loaded >= WINDOW {
-            self.channel.advance()?;
-            self.acknowledge()?;
-        }
+        self.flow.make_room(&mut self.channel)?;
         let tally = packer.tally();
         self.channel.send_ram(packer.frame())?;
         packer.clear();
-        self.flow.frames_sent += 1;
-        self.flow.bytes_sent += tally.bytes;
+        self.flow.sent(tally);
         if !self.terms.answered {
-            self.flow.frames_loaded = self.flow.frames_sent;
-            self.flow.bytes_loaded = self.flow.bytes_sent;
+            self.flow.all_loaded();
         }
-        board.update_ram(|ram| ram.sent(tally, self.flow.bytes_loaded));
+        board.update_ram(|ram| ram.sent(tally, self.loaded_bytes()));
         Ok(tally)
+    }
+
+    /// Lets the lanes send a round, and keeps `board` up to date meanwhile.
+    fn send_over_lanes(
+        &mut self,
+        ram: &GuestRam,
+        number: u32,
+        work: Work,
+        pace: Pace,
+        board: &Board,
+    ) -> Result<Tally, SendError> {
+        let round = Round::new(ram.clone(), number, work, pace == Pace::Limited);
+        let before = self.lane_bytes_loaded;
+        let mut sent = Tally::default();
+        let began = Instant::now();
+        self.lanes.start(&round);
+        loop {
+            let allowed = pace.allowed(began, board);
+            let progress = match board.is_cancelled() {
+                true => Err(Cancelled.into()),
+                false => round.wait(allowed, PACE).map_err(SendError::from),
+            };
+            let progress = progress.inspect_err(|_| round.give_up())?;
+            let more = progress.sent.since(sent);
+            sent = progress.sent;
+            self.lane_bytes_loaded = before + progress.loaded;
+            board.update_ram(|ram| ram.sent(more, self.loaded_bytes()));
+            if progress.over {
+                self.lane_bytes_sent += sent.bytes;
+                return Ok(sent);
+            }
+        }
     }
 
     /// Ends a round and waits until the destination has loaded all of it.
@@ -299,7 +357,7 @@ impl Link {
             return self.channel.sync();
         }
         let loaded: RoundLoaded = self.receive("the end of a round")?;
-        if loaded.round != round || self.flow.frames_loaded != self.flow.frames_sent {
+        if loaded.round != round || !self.flow.is_drained() {
             let problem = format!("round {round} is not loaded");
             return Err(self.channel.current().malformed(problem));
         }
@@ -341,18 +399,20 @@ impl Link {
     /// Waits until the destination says something else than that it has loaded pages.
     pub(super) fn wait_for_answer(&mut self) -> Result<(), Error> {
         while self.channel.advance()? == Kind::Ack {
-            self.acknowledge()?;
+            self.flow.acknowledge(&self.channel)?;
         }
         Ok(())
     }
 
     /// Checks that what it said is that everything is loaded and verified.
-    pub(super) fn check_loaded(&self) -> Result<(), Error> {
+    pub(super) fn check_loaded(&mut self) -> Result<(), Error> {
         let frame = self.channel.current();
         let loaded: Loaded = frame.decode("the word that everything is loaded")?;
         if loaded.token != self.token {
             return Err(frame.malformed("it is of another session".to_owned()));
         }
+        // Of a last round over lanes nobody reads the acknowledgements.
+        self.lane_bytes_loaded = self.lane_bytes_sent;
         Ok(())
     }
 
@@ -438,20 +498,5 @@ impl Link {
     fn receive<M: for<'de> Message<'de>>(&mut self, expected: &'static str) -> Result<M, Error> {
         self.wait_for_answer()?;
         self.channel.current().decode(expected)
-    }
-
-    /// Counts the acknowledgement that was received last.
-    fn acknowledge(&mut self) -> Result<(), Error> {
-        let frame = self.channel.current();
-        let Ack { bytes } = frame.decode("an acknowledgement of pages")?;
-        let flow = &mut self.flow;
-        let possible = flow.frames_loaded < flow.frames_sent
-            && (flow.bytes_loaded..=flow.bytes_sent).contains(&bytes);
-        if !possible {
-            return Err(frame.malformed("it acknowledges what was never sent".to_owned()));
-        }
-        flow.frames_loaded += 1;
-        flow.bytes_loaded = bytes;
-        Ok(())
     }
 }

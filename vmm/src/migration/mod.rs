@@ -15,9 +15,12 @@ mod connect;
 mod converge;
 pub mod credentials;
 pub mod descriptors;
+mod flow;
 #[cfg(fuzzing)]
 pub mod fuzz;
 mod incoming;
+mod intake;
+mod lanes;
 mod link;
 mod oneway;
 mod outgoing;
@@ -32,6 +35,7 @@ mod tls;
 pub mod uri;
 mod vm;
 mod wire;
+mod work;
 
 #[cfg(test)]
 mod tests;

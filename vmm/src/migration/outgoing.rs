@@ -9,10 +9,11 @@ use super::channel::Patience;
 use super::clock::Clock;
 use super::commit::{Source, SourceEvent};
 use super::connect::{self, Plaintext, Target};
+use super::lanes::{LaneError, MAX_LANES};
 use super::link::{Link, SendError};
 use super::oneway::FinishError;
 use super::precopy;
-use super::settings::Mode;
+use super::settings::{Capability, Mode, Parameter};
 use super::status::{MigrationStatus, describe};
 use super::stop::Stop;
 use super::stream;
@@ -68,6 +69,15 @@ pub(crate) enum Error {
          tls-creds"
     )]
     NotPassing,
+    /// There can be but one connection.
+    #[error("multifd needs an address that can be connected to again: tcp:, tls: or unix:")]
+    NoLanes,
+    /// There can't be as many.
+    #[error("multifd-channels is {0}, but there are {MAX_LANES} at most")]
+    TooManyLanes(u64),
+    /// A connection for pages.
+    #[error(transparent)]
+    Lane(#[from] LaneError),
     /// No random numbers for the id and the session's secret.
     #[error("random numbers for the session")]
     Random(#[source] io::Error),
@@ -127,6 +137,7 @@ impl From<SendError> for Error {
         match error {
             SendError::Stream(source) => source.into(),
             SendError::Memory(source) => source.into(),
+            SendError::Lane(source) => source.into(),
             SendError::Cancelled(cancelled) => cancelled.into(),
         }
     }
@@ -137,7 +148,8 @@ impl Errno for Error {
         match self {
             Error::Connect(source) => source.errno(),
             Error::Tls(source) => source.errno(),
-            Error::NotPassing => libc::EINVAL,
+            Error::NotPassing | Error::NoLanes | Error::TooManyLanes(_) => libc::EINVAL,
+            Error::Lane(source) => source.errno(),
             Error::Random(source) => source.errno(),
             Error::Stream(source) => source.errno(),
             Error::Memory(source) => source.errno(),
@@ -248,18 +260,53 @@ fn migration_connect(
             Some(_) => Plaintext::Allowed,
             None => parameters.plaintext,
         };
-        let mut wire = connect::dial(target, plaintext, board)?;
-        if let Some(security) = security {
-            wire = wire.encrypt(&security, &uri, parameters.patience.silence)?;
-        }
+        let patience = parameters.patience;
+        let again = target.again();
+        let dial = |target| {
+            let wire = connect::dial(target, plaintext, board)?;
+            Ok::<_, Error>(match &security {
+                Some(security) => wire.encrypt(security, &uri, patience.silence)?,
+                None => wire,
+            })
+        };
+        let wire = dial(target)?;
         let shared = board.mode() == Mode::CprTransfer;
         if shared && !wire.passes() {
             return Err(Error::NotPassing);
         }
         let ram = shared.then(|| vm.ram().share()).transpose()?;
-        let patience = parameters.patience;
-        Ok(Link::open(wire, id, token, shape, ram, patience)?)
+        let lanes = match board.settings().is_on(Capability::Multifd) && !shared {
+            true => lanes(board)?,
+            false => 0,
+        };
+        if lanes > 0 && again.is_none() {
+            return Err(Error::NoLanes);
+        }
+        let mut link = Link::open(wire.clone(), id, token, shape, ram, lanes, patience)?;
+        let opened = again.map_or(Ok(()), |again| {
+            for _ in 0..lanes {
+                link.add_lane(dial(again.again().ok_or(Error::NoLanes)?)?, patience)?;
+            }
+            board.attach(wire)?;
+            Ok(link.meet_clock()?)
+        });
+        match opened {
+            Ok(()) => Ok(link),
+            Err(error) => {
+                link.give_up(describe(&error));
+                Err(error)
+            }
+        }
     })
+}
+
+/// How many connections for pages there are to be.
+fn lanes(board: &Board) -> Result<u8, Error> {
+    let wanted = board.settings().parameter(Parameter::MultifdChannels);
+    let lanes = u8::try_from(wanted)
+        .ok()
+        .filter(|&lanes| lanes <= MAX_LANES);
+    lanes.ok_or(Error::TooManyLanes(wanted))
 }
 
 /// Puts the guest where the commit rule says that it belongs.

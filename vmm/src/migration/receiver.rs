@@ -4,9 +4,11 @@
 use std::ffi::CString;
 
 use super::board::Board;
-use super::channel::Channel;
+use super::channel::{Channel, Patience};
 use super::commit::{Destination, DestinationEvent};
-use super::incoming::{Error, finished};
+use super::incoming::{Door, Error, finished};
+use super::intake::Intake;
+use super::lanes::MAX_LANES;
 use super::settings::Mode;
 use super::status::MigrationStatus;
 use super::stream;
@@ -47,6 +49,9 @@ pub(super) struct Receiver<'a, V> {
     ram: GuestRam,
     /// Given back unless the guest runs here.
     adopted: Option<Adopted>,
+    /// Further connections for pages, if there are any.
+    intake: Option<Intake>,
+    patience: Patience,
     /// The round that is being loaded or comes next.
     round: u32,
     /// Whether the last round is loaded.
@@ -73,6 +78,8 @@ impl<'a, V: TargetVm> Receiver<'a, V> {
             id: 0,
             ram: vm.ram(),
             adopted: None,
+            intake: None,
+            patience: Patience::default(),
             round: 1,
             ram_complete: false,
             devices: vm.shape().device_names(),
@@ -96,10 +103,20 @@ impl<'a, V: TargetVm> Receiver<'a, V> {
     ///
     /// # Errors
     /// Whatever went wrong; the guest has not run here and never will.
-    pub(super) fn run(&mut self, board: &Board, log: &SpanLog) -> Result<(), Error> {
-        self.greet(board)?;
+    pub(super) fn run(
+        &mut self,
+        door: Door<'_>,
+        board: &Board,
+        log: &SpanLog,
+    ) -> Result<(), Error> {
+        self.patience = door.patience();
+        self.greet(door, board)?;
         board.set_status(MigrationStatus::Active);
-        self.load(board)?;
+        let loaded = self.load(board);
+        // The source only says what this side has told it of a connection that broke.
+        let broken = self.intake.as_ref().and_then(Intake::take_error);
+        broken.map_or(Ok(()), Err)?;
+        loaded?;
         let state = self.verify(board)?;
         // Without a way back, the end of the stream was the commit.
         let received_ns = match self.answered {
@@ -144,6 +161,7 @@ impl<'a, V: TargetVm> Receiver<'a, V> {
 
     /// Tells the source that this side does not take the guest, and sees to it that it can't.
     pub(super) fn give_up(mut self, reason: String, spans: Vec<SpanRecord>) {
+        self.intake = None;
         // The source lets the guest go on once it hears of this.
         self.adopted = None;
         self.commit = self.commit.on(DestinationEvent::Fail);
@@ -156,7 +174,7 @@ impl<'a, V: TargetVm> Receiver<'a, V> {
     }
 
     /// Learns what the source has, and accepts it.
-    fn greet(&mut self, board: &Board) -> Result<(), Error> {
+    fn greet(&mut self, door: Door<'_>, board: &Board) -> Result<(), Error> {
         let passed = self.channel.receive_passed();
         // A peer of another version must learn of this one's; one that is gone is the better error.
         let theirs = self.channel.receive_preface();
@@ -184,8 +202,21 @@ impl<'a, V: TargetVm> Receiver<'a, V> {
         if !self.answered {
             return Ok(());
         }
+        let lanes = hello.terms.lanes;
+        if lanes > MAX_LANES {
+            return Err(Error::TooManyLanes(lanes));
+        }
         self.channel.send(&Welcome { token: self.token })?;
-        self.channel.keep_alive().map_err(Error::Session)
+        self.channel.keep_alive().map_err(Error::Session)?;
+        if lanes > 0 {
+            let ram = self.ram.clone();
+            self.intake = door.accept(lanes, self.token, ram, board)?;
+            if self.intake.is_none() {
+                let last = self.channel.receive()?;
+                return Err(last.unexpected("a connection for pages").into());
+            }
+        }
+        Ok(())
     }
 
     /// Tells the source something, if it hears.
@@ -244,7 +275,9 @@ impl<'a, V: TargetVm> Receiver<'a, V> {
                 })?;
                 self.channel.advance()?;
             }
-            self.end_round(tally)
+            let all = self.end_round(tally)?;
+            (span.pages, span.bytes) = (all.pages, all.bytes);
+            Ok(())
         })
     }
 
@@ -262,9 +295,14 @@ impl<'a, V: TargetVm> Receiver<'a, V> {
         Ok(tally)
     }
 
-    fn end_round(&mut self, tally: Tally) -> Result<(), Error> {
+    fn end_round(&mut self, mut tally: Tally) -> Result<Tally, Error> {
         let frame = self.channel.current();
         let end: RoundEnd = frame.decode("a page or the end of a round")?;
+        if let Some(intake) = &self.intake {
+            let elsewhere = end.pages.saturating_sub(tally.pages);
+            let more = intake.end_round(elsewhere, end.last, self.patience.silence)?;
+            tally.add(more);
+        }
         let all = self.ram.size() / PAGE_SIZE;
         let problem = if (end.round, end.pages) != (self.round, tally.pages) {
             let RoundEnd { round, pages, .. } = end;
@@ -282,20 +320,17 @@ impl<'a, V: TargetVm> Receiver<'a, V> {
         }
         self.round = self.round.wrapping_add(1);
         if !end.last {
-            return Ok(self.answer(&RoundLoaded { round: end.round })?);
+            self.answer(&RoundLoaded { round: end.round })?;
+            return Ok(tally);
         }
         self.ram_complete = true;
-        match end.checksum {
-            Some(there) => {
-                let here = self.ram.checksum()?;
-                if here == there {
-                    Ok(())
-                } else {
-                    Err(Error::Checksum { here, there })
-                }
+        if let Some(there) = end.checksum {
+            let here = self.ram.checksum()?;
+            if here != there {
+                return Err(Error::Checksum { here, there });
             }
-            None => Ok(()),
         }
+        Ok(tally)
     }
 
     fn load_device(&mut self) -> Result<(), Error> {

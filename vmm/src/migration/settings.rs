@@ -2,13 +2,14 @@
 //! here. Parameters may change while a migration runs, which follows them from round to round.
 
 use std::ffi::CStr;
+use std::ops::RangeInclusive;
 use std::sync::{Mutex, MutexGuard, PoisonError};
 
 use super::credentials::Keyring;
 
-/// Rows of `Variant = "name", default, max, "what its values are", "doc";`.
+/// Rows of `Variant = "name", default, range, "what its values are", "QEMU's type", "doc";`.
 macro_rules! parameters {
-    ($($variant:ident = $name:literal, $default:expr, $max:expr, $range:literal, $doc:literal;)*) => {
+    ($($variant:ident = $name:literal, $default:expr, $range:expr, $says:literal, $type:literal, $doc:literal;)*) => {
         /// A parameter of migrations: QEMU's `MigrationParameter`.
         #[derive(Clone, Copy, Debug, PartialEq, Eq)]
         pub enum Parameter { $(#[doc = $doc] $variant,)* }
@@ -23,20 +24,27 @@ macro_rules! parameters {
                 match self { $(Parameter::$variant => $name,)* }
             }
 
-            /// The largest value, and how QEMU's error says what the values are.
-            fn range(self) -> (u64, &'static str) {
-                match self { $(Parameter::$variant => ($max, $range),)* }
+            /// The values, and how QEMU's error says what they are.
+            fn range(self) -> (RangeInclusive<u64>, &'static str) {
+                match self { $(Parameter::$variant => ($range, $says),)* }
+            }
+
+            /// QEMU's type of it, as its errors name it.
+            pub fn type_name(self) -> &'static str {
+                match self { $(Parameter::$variant => $type,)* }
             }
         }
     };
 }
 
 parameters! {
-    DowntimeLimit = "downtime-limit", 300, 2_000_000, "an integer in the range of 0 to (2000 * 1000) ms",
+    DowntimeLimit = "downtime-limit", 300, 0..=2_000_000, "an integer in the range of 0 to (2000 * 1000) ms", "uint64",
         "The guest is stopped when what is left takes no longer than this, ms.";
-    MaxBandwidth = "max-bandwidth", 0, u64::MAX, "an integer",
+    MaxBandwidth = "max-bandwidth", 0, 0..=u64::MAX, "an integer", "uint64",
         "RAM is sent no faster than this while the guest runs, bytes a second; 0 is as fast as it goes, \
          which is the default here and not QEMU's.";
+    MultifdChannels = "multifd-channels", 2, 1..=255, "a value between 1 and 255", "uint8_t",
+        "How many connections pages go over with the capability `multifd`.";
 }
 
 /// A parameter of migrations that is a text, and empty by default.
@@ -116,6 +124,7 @@ macro_rules! capabilities {
 }
 
 capabilities! {
+    Multifd = "multifd", "Pages go over `multifd-channels` connections.";
     Events = "events", "Each change of a migration's status is a `MIGRATION` event.";
     PauseBeforeSwitchover = "pause-before-switchover",
         "The source stops the guest, then waits for `migrate-continue` before it sends the rest.";
@@ -163,7 +172,9 @@ impl Settings {
     /// # Errors
     /// At the first value that its parameter can't have.
     pub fn set_parameters(&self, changes: &[(Parameter, u64)]) -> Result<(), OutOfRange> {
-        let wrong = changes.iter().find(|(p, value)| *value > p.range().0);
+        let wrong = changes
+            .iter()
+            .find(|(p, value)| !p.range().0.contains(value));
         if let Some(&(parameter, _)) = wrong {
             return Err(OutOfRange(parameter));
         }

@@ -147,6 +147,12 @@ impl Wire {
         socket.set_write_timeout(Some(silence))
     }
 
+    /// Lets a read wait for as long as it takes: something else watches whether the other side is there.
+    pub(super) fn read_forever(&self) -> io::Result<()> {
+        let socket = self.socket();
+        socket.map_or(Ok(()), |socket| socket.set_read_timeout(None))
+    }
+
     /// Whether the other side has closed the connection, or it broke, whatever is left to read.
     /// Does not wait.
     pub(super) fn is_broken(&self) -> bool {

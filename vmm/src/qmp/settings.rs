@@ -33,6 +33,10 @@ pub(super) fn migrate_set_parameters(
     let mut changes = Vec::new();
     for &parameter in Parameter::ALL {
         let value = arguments.number(parameter.name())?;
+        let (name, type_name) = (parameter.name(), parameter.type_name());
+        if type_name == "uint8_t" && value.is_some_and(|value| value > u8::MAX.into()) {
+            return Err(Error::Expects(name, type_name));
+        }
         changes.extend(value.map(|value| (parameter, value)));
     }
     let mut texts = Vec::new();

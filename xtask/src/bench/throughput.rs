@@ -1,7 +1,7 @@
 //! `cargo xtask bench throughput`: how fast a large idle guest migrates over TCP on loopback, beside
 //! QEMU and beside the sockets alone.
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
 use std::process::Command;
 
@@ -19,6 +19,9 @@ pub(crate) struct Arguments {
     /// Guest RAM, full of incompressible pages, GiB; source and destination need as much each.
     #[arg(long, default_value_t = 4)]
     gib: u64,
+    /// What to migrate over: tcp, tls, or multifd with four connections.
+    #[arg(long, value_delimiter = ',', default_value = "tcp,multifd")]
+    transports: Vec<String>,
     /// Migrations of each monitor.
     #[arg(long, default_value_t = 5)]
     runs: usize,
@@ -32,6 +35,7 @@ pub(crate) struct Arguments {
 struct Run {
     /// A monitor, or `sockets`.
     what: String,
+    transport: String,
     ns: u64,
     /// CPU time of both monitors without their vCPUs.
     cpu_ns: Option<u64>,
@@ -44,14 +48,16 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
     let mut command = Command::new(&artifacts.bench_throughput);
     command
         .args(["--monitors", "blackout,qemu"])
+        .args(["--transports", &arguments.transports.join(",")])
         .args(["--gib", &arguments.gib.to_string()])
         .args(["--runs", &arguments.runs.to_string()])
         .envs(artifacts.environment(None));
     let mut runs = Vec::new();
     compare::each_line(&mut command, |run: Run| {
         eprintln!(
-            "{:>4}: {} {:.3} s",
+            "{:>4}: {} {} {:.3} s",
             runs.len() + 1,
+            run.transport,
             run.what,
             run.ns as f64 / 1e9
         );
@@ -62,7 +68,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
         arguments.out.as_deref(),
         "throughput.json",
         &json!({
-            "schema": "blackout.bench-throughput/1",
+            "schema": "blackout.bench-throughput/2",
             "gib": arguments.gib,
             "runs": runs,
         }),
@@ -71,37 +77,43 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
 }
 
 fn print(runs: &[Run], gib: u64) {
-    let mut times: BTreeMap<&str, (Vec<u64>, Vec<u64>)> = BTreeMap::new();
+    let mut times: BTreeMap<(&str, &str), (Vec<u64>, Vec<u64>)> = BTreeMap::new();
     for run in runs {
-        let (took, cpu) = times.entry(&run.what).or_default();
+        let (took, cpu) = times.entry((&run.transport, &run.what)).or_default();
         took.push(run.ns);
         cpu.extend(run.cpu_ns);
     }
     let gib = gib as f64;
     println!(
-        "{:<10} {:>9} {:>9} {:>14}",
-        "", "total, s", "GiB/s", "CPU s per GiB"
+        "{:<8} {:<10} {:>9} {:>9} {:>14}",
+        "", "", "total, s", "GiB/s", "CPU s per GiB"
     );
-    for (what, (took, cpu)) in &mut times {
+    for ((transport, what), (took, cpu)) in &mut times {
         took.sort_unstable();
         cpu.sort_unstable();
         let total = median(took) / 1e9;
-        print!("{what:<10} {total:>9.3} {:>9.3}", gib / total);
+        print!(
+            "{transport:<8} {what:<10} {total:>9.3} {:>9.3}",
+            gib / total
+        );
         match cpu.as_slice() {
             [] => println!(),
             cpu => println!(" {:>14.3}", median(cpu) / 1e9 / gib),
         }
     }
-    let took = |what| times.get(what).map_or(&[][..], |(took, _)| took.as_slice());
-    let say = |text, ours, theirs| {
-        if let Some(Ratio { value, low, high }) = ratio(ours, theirs) {
-            println!("{text} {value:.3}, 95 % {low:.3}–{high:.3}");
-        }
-    };
-    say("total time, to QEMU's:", took("blackout"), took("qemu"));
-    say(
-        "share of what the sockets can do:",
-        took("sockets"),
-        took("blackout"),
-    );
+    let transports: BTreeSet<_> = runs.iter().map(|run| run.transport.as_str()).collect();
+    for transport in transports {
+        let took = |what| times.get(&(transport, what)).map_or(&[][..], |(t, _)| t);
+        let say = |text, ours, theirs| {
+            if let Some(Ratio { value, low, high }) = ratio(ours, theirs) {
+                println!("{transport}, {text} {value:.3}, 95 % {low:.3}–{high:.3}");
+            }
+        };
+        say("total time, to QEMU's:", took("blackout"), took("qemu"));
+        say(
+            "share of what the sockets can do:",
+            took("sockets"),
+            took("blackout"),
+        );
+    }
 }

@@ -6,7 +6,7 @@ use super::Error;
 use super::message::{Failure, Message};
 
 /// The version of the stream. A change of anything in it is a new version.
-pub(crate) const VERSION: u16 = 3;
+pub(crate) const VERSION: u16 = 4;
 /// What each direction starts with: magic, then the version, little-endian.
 pub(crate) const PREFACE: [u8; 8] = {
     let [low, high] = VERSION.to_le_bytes();
@@ -119,6 +119,7 @@ kinds! {
     Commit = 12, c"commit", 64, "The guest is the destination's.";
     Running = 13, c"running", 2 << 20, "The guest runs; the destination's spans.";
     Alive = 15, c"alive", 8, "The sender is busy, but there.";
+    Join = 16, c"join", 64, "A further connection, for pages, of a migration that has begun.";
     Failure = 14, c"failure", 2 << 20, "The sender gives up, and why.";
 }
 

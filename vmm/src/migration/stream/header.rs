@@ -111,6 +111,7 @@ mod tests {
     const TERMS: Terms = Terms {
         answered: true,
         shared: false,
+        lanes: 0,
     };
 
     fn shape() -> Shape {

@@ -17,6 +17,8 @@ pub(crate) struct Terms {
     /// Whether the descriptor of guest RAM came with the preface. Pages are not sent then, and there is
     /// one round, the last.
     pub(crate) shared: bool,
+    /// How many further connections there are for pages; see [`Join`].
+    pub(crate) lanes: u8,
 }
 
 /// A payload that postcard encodes, and the kind of the frame that carries it.
@@ -61,6 +63,14 @@ messages! {
     Welcome {
         /// Comes back in [`Commit`].
         token: Token,
+    }
+    /// The source has opened a further connection, on which nothing but pages and their
+    /// acknowledgements goes. The destination answers with its preface.
+    Join {
+        /// From [`Welcome`].
+        token: Token,
+        /// Which one, from 0.
+        lane: u8,
     }
     /// The source asks for the time.
     Ping {

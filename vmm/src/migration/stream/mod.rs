@@ -41,6 +41,10 @@
 //! A stream that goes one way, to a file for example, is the left column without the pings and
 //! without `commit`: `end` is the last message, and hands the guest over.
 //!
+//! A source may say in `hello` that it opens further connections for pages. It does so after `welcome`;
+//! each starts with the prefaces and a `join` with the destination's token, and has nothing but `ram`
+//! and `ack` then. `round-end` counts the pages of all of them, and `round-loaded` waits for all.
+//!
 //! In place of any message either side may send `failure`, its last, with the reason. Between any two
 //! messages after `welcome` either side sends `alive` every few seconds, so that one that is silent
 //! is one that is dead or cut off, and not one that reads all of its RAM for a checksum.

@@ -11,10 +11,6 @@ use crate::memory::{self, GuestRam, PAGE_SIZE, PageRun};
 /// The longest payload of a frame: 64 pages of data with a record each, or more in fewer records.
 /// Frames are small so that the destination loads one while the source fills the next.
 pub(crate) const MAX_PAYLOAD: usize = ROUND_LEN + 64 * (RECORD_LEN + PAGE);
-/// Zero pages that one frame covers at most: the destination hears from the source now and then,
-/// also in a long stretch of them.
-const MAX_ZERO_PAGES: u64 = (64 << 20) / PAGE_SIZE;
-
 const PAGE: usize = PAGE_SIZE as usize;
 const ROUND_LEN: usize = 4;
 const RECORD_LEN: usize = 16;
@@ -33,6 +29,15 @@ pub(crate) struct Tally {
 }
 
 impl Tally {
+    /// What was added since it was `before`.
+    pub(crate) fn since(self, before: Tally) -> Tally {
+        Tally {
+            pages: self.pages - before.pages,
+            zero: self.zero - before.zero,
+            bytes: self.bytes - before.bytes,
+        }
+    }
+
     /// Adds another one.
     pub(crate) fn add(&mut self, other: Tally) {
         self.pages += other.pages;
@@ -63,16 +68,26 @@ struct OpenRecord {
 }
 
 impl Packer {
+    /// Zero pages that one frame covers at most: the destination hears from the source now and then,
+    /// also in a long stretch of them.
+    pub(crate) const MAX_ZERO_PAGES: u64 = (64 << 20) / PAGE_SIZE;
+
     /// An empty frame for `round`.
     pub(crate) fn new(round: u32) -> Self {
-        let mut frame = vec![0; HEADER_LEN + MAX_PAYLOAD].into_boxed_slice();
-        frame[HEADER_LEN..][..ROUND_LEN].copy_from_slice(&round.to_le_bytes());
-        Packer {
-            frame,
+        let mut packer = Packer {
+            frame: vec![0; HEADER_LEN + MAX_PAYLOAD].into_boxed_slice(),
             len: HEADER_LEN + ROUND_LEN,
             record: None,
             tally: Tally::default(),
-        }
+        };
+        packer.begin(round);
+        packer
+    }
+
+    /// Empties the frame for pages of `round`.
+    pub(crate) fn begin(&mut self, round: u32) {
+        self.frame[HEADER_LEN..][..ROUND_LEN].copy_from_slice(&round.to_le_bytes());
+        self.clear();
     }
 
     /// Empties the frame for more of the same round.
@@ -82,9 +97,12 @@ impl Packer {
         self.tally = Tally::default();
     }
 
-    /// Whether the next page might not fit.
-    pub(crate) fn is_full(&self) -> bool {
-        self.len + RECORD_LEN + PAGE > self.frame.len() || self.tally.zero >= MAX_ZERO_PAGES
+    /// How many more pages fit, whatever they are.
+    pub(crate) fn room(&self) -> u64 {
+        if self.tally.zero >= Packer::MAX_ZERO_PAGES {
+            return 0;
+        }
+        ((self.frame.len() - self.len) / (RECORD_LEN + PAGE)) as u64
     }
 
     /// What is in the frame.
@@ -126,7 +144,7 @@ impl Packer {
     /// Adds the first pages of a run that is known to be zeroes, as many as one frame may cover, and
     /// returns how many. There must be room.
     pub(crate) fn add_zeroes(&mut self, run: PageRun) -> u64 {
-        let pages = run.pages.min(MAX_ZERO_PAGES);
+        let pages = run.pages.min(Packer::MAX_ZERO_PAGES);
         self.push(run.gpa, ZERO, pages as u32);
         self.tally.zero += pages;
         self.tally.pages += pages;
@@ -165,6 +183,11 @@ pub(crate) enum LoadError {
     /// A record lies outside guest RAM.
     #[error(transparent)]
     Memory(#[from] memory::Error),
+}
+
+/// The round of a frame's payload, if it has one.
+pub(crate) fn round(payload: &[u8]) -> Option<u32> {
+    u32_at(payload, 0)
 }
 
 /// Puts the pages of a frame's payload into `ram`, and returns its round and what it held.
@@ -232,7 +255,7 @@ mod tests {
     fn pack(ram: &GuestRam, pages: impl IntoIterator<Item = u64>) -> (Vec<u8>, Tally) {
         let mut packer = Packer::new(7);
         for page in pages {
-            assert!(!packer.is_full());
+            assert!(packer.room() > 0);
             packer.add(ram, BASE + page * PAGE_SIZE).unwrap();
         }
         let tally = packer.tally();
@@ -272,10 +295,10 @@ mod tests {
         let mut packer = Packer::new(1);
         let run = PageRun {
             gpa: BASE,
-            pages: MAX_ZERO_PAGES + 1,
+            pages: Packer::MAX_ZERO_PAGES + 1,
         };
-        assert_eq!(packer.add_zeroes(run), MAX_ZERO_PAGES);
-        assert!(packer.is_full());
+        assert_eq!(packer.add_zeroes(run), Packer::MAX_ZERO_PAGES);
+        assert!(packer.room() == 0);
         packer.clear();
         let (some, more) = (
             PageRun {
@@ -305,7 +328,7 @@ mod tests {
         // Pages that are no neighbours need the most room.
         let mut packer = Packer::new(1);
         let mut pages = (0..128).map(|i| BASE + 2 * i * PAGE_SIZE);
-        while !packer.is_full() {
+        while packer.room() > 0 {
             packer.add(&source, pages.next().unwrap()).unwrap();
         }
         assert_eq!(packer.tally().pages, 64);

@@ -9,7 +9,7 @@ use super::*;
 
 /// What the connection does to one direction.
 #[derive(Clone, Copy, Debug)]
-enum Fault {
+pub(super) enum Fault {
     /// It ends after this many bytes, both ways.
     Cut(usize),
     /// This bit is flipped.
@@ -18,15 +18,17 @@ enum Fault {
 
 /// Which direction it does it to.
 #[derive(Clone, Copy, Debug, PartialEq)]
-enum Direction {
+pub(super) enum Direction {
     ToDestination,
     ToSource,
 }
 
-/// Stands between the two sides and does `fault`; counts the bytes that it took in, each way.
-fn meddle(
+/// Stands between the two sides and does `fault` to one of so many
+/// connections, which are numbered from 0; counts the bytes that it took in on that one, each way.
+pub(super) fn meddle(
     bench: &Bench,
     destination: Uri,
+    (connection, connections): (usize, usize),
     fault: Option<(Direction, Fault)>,
     counts: &Arc<[AtomicUsize; 2]>,
 ) -> Uri {
@@ -36,23 +38,44 @@ fn meddle(
     let listener = UnixListener::bind(&from).unwrap();
     let counts = Arc::clone(counts);
     thread::spawn(move || {
-        let source = listener.accept().unwrap().0;
-        let destination = UnixStream::connect(to).unwrap();
-        let back = (
-            destination.try_clone().unwrap(),
-            source.try_clone().unwrap(),
-        );
-        let of = |wanted| {
-            fault
-                .filter(|&(way, _)| way == wanted)
-                .map(|(_, fault)| fault)
-        };
-        let (there, here) = (of(Direction::ToDestination), of(Direction::ToSource));
-        let both = Arc::clone(&counts);
-        thread::spawn(move || pass(back.0, back.1, here, &both[1]));
-        pass(source, destination, there, &counts[0]);
+        for (number, source) in listener.incoming().enumerate().take(connections) {
+            // The listener goes with its migration.
+            let (Ok(source), Ok(destination)) = (source, UnixStream::connect(&to)) else {
+                return;
+            };
+            let fault = fault.filter(|_| number == connection);
+            let counts = Arc::clone(&counts);
+            thread::spawn(move || join(source, destination, fault, number == connection, &counts));
+        }
     });
     Uri::Unix(from)
+}
+
+/// Passes on what one connection says, both ways.
+fn join(
+    source: UnixStream,
+    destination: UnixStream,
+    fault: Option<(Direction, Fault)>,
+    counted: bool,
+    counts: &Arc<[AtomicUsize; 2]>,
+) {
+    let back = (
+        destination.try_clone().unwrap(),
+        source.try_clone().unwrap(),
+    );
+    let of = |wanted| {
+        fault
+            .filter(|&(way, _)| way == wanted)
+            .map(|(_, fault)| fault)
+    };
+    let (there, here) = (of(Direction::ToDestination), of(Direction::ToSource));
+    let counts = match counted {
+        true => Arc::clone(counts),
+        false => Arc::default(),
+    };
+    let both = Arc::clone(&counts);
+    thread::spawn(move || pass(back.0, back.1, here, &both[1]));
+    pass(source, destination, there, &counts[0]);
 }
 
 fn pass(mut from: UnixStream, mut to: UnixStream, fault: Option<Fault>, count: &AtomicUsize) {
@@ -87,7 +110,7 @@ fn pass(mut from: UnixStream, mut to: UnixStream, fault: Option<Fault>, count: &
 fn faulty(fault: Option<(Direction, Fault)>) -> (MigrationStatus, [usize; 2]) {
     let (bench, source, target) = (Bench::new(), Fake::source(), Fake::target());
     let counts = Arc::default();
-    let through = |uri| meddle(&bench, uri, fault, &counts);
+    let through = |uri| meddle(&bench, uri, (0, 1), fault, &counts);
     let outcome = bench.migrate(&source, &target, Parameters::default(), through);
     check(&source, &target, &outcome);
     if outcome.source.status != Some(MigrationStatus::Completed) {
@@ -187,18 +210,18 @@ fn a_foreign_stream_is_refused_with_what_it_is() {
     let error = received(b"BLKOUT\x02\x00");
     assert_eq!(
         error,
-        "the peer speaks version 2 of the migration stream, this monitor 3"
+        "the peer speaks version 2 of the migration stream, this monitor 4"
     );
     assert_eq!(
         received(b""),
         "the migration stream ends at byte 0, inside its first 8 bytes"
     );
-    let error = received(b"BLKOUT\x03\x00");
+    let error = received(b"BLKOUT\x04\x00");
     assert_eq!(
         error,
         "the migration stream ends at byte 8, where a message should start"
     );
-    let garbage = [b"BLKOUT\x03\x00".as_slice(), &[0xa5; 100]].concat();
+    let garbage = [b"BLKOUT\x04\x00".as_slice(), &[0xa5; 100]].concat();
     let error = received(&garbage);
     assert!(
         error.contains("corrupt in the frame at byte 8: its checksum"),

@@ -1,6 +1,7 @@
 //! The whole protocol without KVM: two made-up VMs, a real connection, and whatever can break it.
 
 mod faults;
+mod lanes;
 mod oneway;
 mod outcomes;
 mod shared;
@@ -89,7 +90,11 @@ impl Fake {
     }
 
     fn new(run: RunState) -> Fake {
-        let layout = vec![(0, PAGES * PAGE_SIZE)];
+        Fake::of(run, PAGES)
+    }
+
+    fn of(run: RunState, pages: u64) -> Fake {
+        let layout = vec![(0, pages * PAGE_SIZE)];
         let shape = Shape {
             arch: "test".into(),
             ram: layout.clone(),
@@ -167,7 +172,7 @@ impl SourceVm for Fake {
         }
         let mut runs = Vec::new();
         for page in 0..self.faults.busy.max(1) {
-            let gpa = (page + state.reads) % PAGES * PAGE_SIZE;
+            let gpa = (page + state.reads) % (self.ram.size() / PAGE_SIZE) * PAGE_SIZE;
             self.ram.write(gpa + 8, &state.reads.to_le_bytes())?;
             runs.push(PageRun { gpa, pages: 1 });
         }

@@ -150,6 +150,7 @@ fn a_stream_that_waits_for_answers_is_refused_from_a_file() {
     let terms = super::super::stream::message::Terms {
         answered: true,
         shared: false,
+        lanes: 0,
     };
     let mut writer = super::super::stream::writer::FrameWriter::new(Vec::new());
     writer.preface().unwrap();
