@@ -97,6 +97,6 @@ fn ram_can_only_be_handed_over_on_one_host() -> Result<()> {
         .migrate(&format!("tcp:127.0.0.1:{port}"), LIMIT)?;
     ensure!(answer["status"] == "failed", "{answer}");
     let why = answer["error-desc"].as_str().unwrap_or_default();
-    ensure!(why.ends_with("it needs a unix socket"), "{why}");
+    ensure!(why.contains("it needs a unix socket"), "{why}");
     source.runs()
 }

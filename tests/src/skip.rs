@@ -5,6 +5,11 @@ pub fn slow() -> bool {
     std::env::var("BLACKOUT_SLOW").is_ok_and(|value| value == "1")
 }
 
+/// Whether this machine is emulated: `cargo xtask testbed`.
+pub fn emulated() -> bool {
+    std::env::var("BLACKOUT_EMULATED").is_ok_and(|value| value == "1")
+}
+
 /// Ends the calling test as skipped, with the reason in a form that `cargo xtask test` counts:
 /// `SKIP: <test>: <why>`.
 #[macro_export]

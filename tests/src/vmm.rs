@@ -7,12 +7,17 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use serde_json::json;
 use tempfile::TempDir;
 
+use crate::skip::emulated;
 use crate::{Qmp, Shell, programs};
 
 /// How long a monitor may take until its QMP socket answers.
 const START: Duration = Duration::from_secs(120);
+/// The downtime limit under emulation, where a stop with many interrupts takes longer than the default
+/// allows: a monitor refuses to exceed its limit.
+const EMULATED_LIMIT_MS: u64 = 20_000;
 
 /// How to start a monitor.
 #[derive(Clone, Debug)]
@@ -68,7 +73,12 @@ impl Vmm {
     /// Starts a monitor and waits until its QMP answers.
     pub fn spawn(options: &VmmOptions) -> Result<Self> {
         let dir = TempDir::with_prefix("blackout-")?;
-        Vmm::start(blackout(options, &dir)?, dir)
+        let mut vmm = Vmm::start(blackout(options, &dir)?, dir)?;
+        if emulated() {
+            let limit = json!({ "downtime-limit": EMULATED_LIMIT_MS });
+            vmm.qmp.execute("migrate-set-parameters", limit)?;
+        }
+        Ok(vmm)
     }
 
     /// Starts Debian's QEMU in its place, with the same guest in a like machine.

@@ -4,6 +4,7 @@ pub mod arch;
 pub mod args;
 pub mod check;
 pub mod control;
+pub(crate) mod costs;
 pub mod devices;
 pub mod kvm;
 pub mod machine;

@@ -10,6 +10,7 @@ use std::sync::mpsc::Sender;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
 use crate::arch::{self, Mapped};
+use crate::costs::Costs;
 use crate::devices::DeviceState;
 use crate::devices::pci::{
     BusState, Ecam, FunctionHandler, FunctionState, KvmBackplane, Root, SharedRoot, Window,
@@ -134,6 +135,7 @@ pub struct Machine {
     state: RunState,
     autostart: bool,
     ram_given_away: bool,
+    costs: Costs,
     events: EventSender,
     requests: GuestRequests,
     vm: Arc<Vm>,
@@ -203,6 +205,7 @@ impl Machine {
             state,
             autostart: true,
             ram_given_away: false,
+            costs: Costs::default(),
             events,
             requests,
             vm,
@@ -247,6 +250,16 @@ impl Machine {
     /// Guest RAM is another process's from now on: nothing runs here any more.
     pub(crate) fn give_ram_away(&mut self) {
         self.ram_given_away = true;
+    }
+
+    /// What stops of this guest have cost so far, here and where it came from.
+    pub(crate) fn costs(&self) -> &Costs {
+        &self.costs
+    }
+
+    /// Takes in what one more stop has cost.
+    pub(crate) fn learn(&mut self, measured: &Costs) {
+        self.costs.learn(measured);
     }
 
     /// Guest RAM.

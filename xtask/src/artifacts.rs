@@ -61,6 +61,8 @@ pub(crate) struct Artifacts {
     pub(crate) bench_boot: PathBuf,
     /// What measures dark times, `bench-downtime`.
     pub(crate) bench_downtime: PathBuf,
+    /// What holds predictions of downtimes against what came, `bench-prediction`.
+    pub(crate) bench_prediction: PathBuf,
     /// What measures how fast migrations are, `bench-throughput`.
     pub(crate) bench_throughput: PathBuf,
 }
@@ -121,6 +123,7 @@ pub(crate) fn build(platform: Platform) -> Result<Artifacts> {
         host: program("blackout-host")?,
         bench_boot: program("bench-boot")?,
         bench_downtime: program("bench-downtime")?,
+        bench_prediction: program("bench-prediction")?,
         bench_throughput: program("bench-throughput")?,
         guest,
     })

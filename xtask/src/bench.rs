@@ -6,6 +6,7 @@ mod downtime;
 mod gate;
 pub(crate) mod its;
 mod plot;
+mod prediction;
 mod throughput;
 
 use anyhow::Result;
@@ -26,6 +27,8 @@ enum What {
     Downtime(downtime::Arguments),
     /// How fast a large idle guest migrates, beside QEMU, on this machine.
     Throughput(throughput::Arguments),
+    /// How well a monitor predicts the downtime, and whether it keeps to its limit.
+    Prediction(prediction::Arguments),
     /// Whether the gate that counts instructions flakes or misses, in the arm64 testbed.
     Gate(gate::Arguments),
     /// ITS and GIC: save, pending tables and restore, in instructions, in the arm64 testbed.
@@ -38,6 +41,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
         What::Boot(arguments) => boot::run(arguments),
         What::Downtime(arguments) => downtime::run(arguments),
         What::Throughput(arguments) => throughput::run(arguments),
+        What::Prediction(arguments) => prediction::run(arguments),
         What::Gate(arguments) => gate::run(arguments),
         What::Its(arguments) => its::run(arguments),
     }

@@ -11,11 +11,13 @@ use std::sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError};
 use std::time::Duration;
 
 use super::clock::Clock;
+use super::predict::Forecast;
 use super::settings::{Capability, Mode, Settings};
 use super::status::{
     Blackout, ClockReport, MigrationStatus, QueryMigrate, Ram, Side, SocketAddress, Span,
 };
 use super::wire::Wire;
+use crate::costs::Costs;
 use crate::runstate::{Event, EventSender};
 use crate::spanlog::{SpanRecord, monotonic_ns};
 
@@ -73,6 +75,8 @@ pub(super) struct Report {
     pub(super) downtime_start_ns: Option<u64>,
     /// The first `KVM_RUN` on the destination, ns of the destination's clock.
     pub(super) first_run_ns: Option<u64>,
+    /// What the source expected of the stop.
+    pub(super) forecast: Option<Forecast>,
 }
 
 /// A person gave the migration up.
@@ -377,6 +381,11 @@ impl Migration {
         let downtime_ns = downtime_start_ns.zip(first_run_ns);
         let downtime_ns = downtime_ns.and_then(|(start, end)| u64::try_from(end - start).ok());
 
+        let prediction = report.forecast.map(|forecast| {
+            let last = report.spans.iter().rfind(|span| span.name == "ram_final");
+            let ram_ns = last.map(|span| span.duration_ns);
+            forecast.beside(&Costs::measured(&report.spans), ram_ns, downtime_ns)
+        });
         let here = report.spans.into_iter().map(|s| {
             let start = own(s.start_ns);
             Span::new(self.side, s, start)
@@ -394,6 +403,7 @@ impl Migration {
             downtime_ns,
             downtime_start_ns,
             first_run_ns,
+            prediction,
             clock: clock.map(|clock| ClockReport::new(clock, report.clock.samples())),
             spans: here.chain(there).collect(),
         }

@@ -182,6 +182,15 @@ impl Channel {
         self.wire.is_broken()
     }
 
+    /// Receives the other side's last message, if it comes at all: nothing depends on it, so it is not
+    /// waited for as others are.
+    pub(super) fn receive_farewell(&mut self) -> Result<Frame<'_>, Error> {
+        let offset = self.received_bytes();
+        let patience = self.wire.set_patience(FAREWELL);
+        patience.map_err(|source| Error::Read { offset, source })?;
+        self.receive()
+    }
+
     /// Why nothing can be sent any more: what the other side said before it closed the connection,
     /// or else `error`.
     pub(super) fn explain(&mut self, error: Error) -> Error {

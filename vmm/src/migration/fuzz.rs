@@ -15,11 +15,12 @@ use super::incoming;
 use super::status::Side;
 use super::stream::frame::{HEADER_LEN, Kind};
 use super::stream::header::Shape;
-use super::stream::message::{Device, End, RoundEnd, Terms};
+use super::stream::message::{Device, End, Rehearsal, RoundEnd, Terms};
 use super::stream::writer::FrameWriter;
 use super::uri::Uri;
 use super::vm::{MigrationVm, TargetVm};
 use crate::control;
+use crate::costs::Costs;
 use crate::devices::StateError;
 use crate::memory::{GuestRam, PAGE_SIZE};
 use crate::runstate::{EventSender, RunState};
@@ -61,9 +62,19 @@ impl MigrationVm for Sink {
     fn ram(&self) -> GuestRam {
         self.ram.clone()
     }
+
+    fn costs(&self) -> Costs {
+        Costs::default()
+    }
+
+    fn learn(&self, _: &Costs) {}
 }
 
 impl TargetVm for Sink {
+    fn rehearse(&self) -> Vec<Rehearsal> {
+        Vec::new()
+    }
+
     fn load_device(&self, _: usize, _: u32, _: &[u8]) -> Result<(), StateError> {
         Ok(())
     }

@@ -3,7 +3,7 @@
 //! Without a way back nothing is acknowledged: what was written counts as loaded.
 
 use std::os::fd::OwnedFd;
-use std::time::{Duration, Instant};
+use std::time::Instant;
 
 use super::board::{Board, Cancelled};
 use super::channel::{Channel, Patience};
@@ -11,28 +11,25 @@ use super::clock::{Clock, Sample};
 use super::flow::Flow;
 use super::lanes::{LaneError, Lanes, Round};
 use super::oneway::FinishError;
-use super::settings::Parameter;
+use super::pace::{PACE, Pace};
 use super::status::describe;
 use super::stream::Error;
 use super::stream::frame::Kind;
 use super::stream::header::Shape;
 use super::stream::message::{
-    Commit, Device, End, Join, Loaded, Message, Ping, Pong, RoundEnd, RoundLoaded, Running, Terms,
-    Token, Welcome,
+    Commit, Device, End, Join, Learned, Loaded, Message, Ping, Pong, Rehearsal, RoundEnd,
+    RoundLoaded, Running, Terms, Token, Welcome,
 };
 use super::stream::ram::{Packer, Tally};
 use super::vm::SavedDevice;
 use super::wire::Wire;
 use super::work::{self, Batch, Work};
+use crate::costs::Costs;
 use crate::memory::{self, GuestRam, PageRun};
 use crate::probes::{self, Errno};
 use crate::runstate::RunState;
 use crate::spanlog::{SpanRecord, monotonic_ns};
 
-/// How often a source that keeps to a bandwidth looks whether it still is to.
-const LOOK: Duration = Duration::from_millis(50);
-/// How often a source with several connections looks at them.
-const PACE: Duration = Duration::from_millis(10);
 /// No more pages than this are sent over one connection also when there are several: it is done before
 /// the others are awake.
 const FRAME_PAGES: u64 = 64;
@@ -67,48 +64,6 @@ impl Errno for SendError {
     }
 }
 
-/// How fast pages are sent.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Pace {
-    /// As `max-bandwidth` says.
-    Limited,
-    /// The guest is stopped, and nothing else counts.
-    Full,
-}
-
-impl Pace {
-    /// How many bytes may have been sent [`PACE`] from now.
-    fn allowed(self, began: Instant, board: &Board) -> u64 {
-        let limit = board.settings().parameter(Parameter::MaxBandwidth);
-        if self == Pace::Full || limit == 0 {
-            return u64::MAX;
-        }
-        let ns = (began.elapsed() + PACE).as_nanos();
-        u64::try_from(u128::from(limit) * ns / 1_000_000_000).unwrap_or(u64::MAX)
-    }
-
-    /// Waits until `sent` does not exceed the bandwidth since `began`. The limit may change meanwhile,
-    /// so it is asked for again and again.
-    fn keep(self, sent: Tally, began: Instant, board: &Board) -> Result<(), Cancelled> {
-        if self == Pace::Full {
-            return Ok(());
-        }
-        loop {
-            let limit = board.settings().parameter(Parameter::MaxBandwidth);
-            let due_ns = match limit {
-                0 => 0,
-                _ => u128::from(sent.bytes) * 1_000_000_000 / u128::from(limit),
-            };
-            let due = Duration::from_nanos(u64::try_from(due_ns).unwrap_or(u64::MAX));
-            let early = due.saturating_sub(began.elapsed());
-            if early.is_zero() {
-                return Ok(());
-            }
-            board.sleep(early.min(LOOK))?;
-        }
-    }
-}
-
 /// Whether `commit` may have left this machine.
 #[derive(Debug)]
 pub(super) enum Committed {
@@ -134,6 +89,8 @@ pub(super) struct Link {
     lane_bytes_loaded: u64,
     /// And that were sent over them.
     lane_bytes_sent: u64,
+    /// What the destination's devices took when it tried.
+    rehearsal: Vec<Rehearsal>,
     /// When `commit` was sent, for the clock.
     commit_ns: u64,
 }
@@ -168,6 +125,7 @@ impl Link {
             lanes: Lanes::default(),
             lane_bytes_loaded: 0,
             lane_bytes_sent: 0,
+            rehearsal: Vec::new(),
             commit_ns: 0,
         };
         let greeted = link.greet(id, shape, ram);
@@ -192,7 +150,7 @@ impl Link {
         }
         self.channel.receive_preface()?;
         let welcome: Welcome = self.channel.receive()?.decode("the destination's answer")?;
-        self.their_token = welcome.token;
+        (self.their_token, self.rehearsal) = (welcome.token, welcome.rehearsal);
         Ok(())
     }
 
@@ -263,6 +221,11 @@ impl Link {
     /// The other side's clock as known so far.
     pub(super) fn clock(&self) -> &Clock {
         &self.clock
+    }
+
+    /// What the destination's devices took on its machine, in their order; empty if it can't be heard.
+    pub(super) fn rehearsal(&self) -> &[Rehearsal] {
+        &self.rehearsal
     }
 
     /// Payload bytes of pages that the destination has loaded.
@@ -485,6 +448,18 @@ impl Link {
             t4,
         });
         Ok((running.first_run_ns, running.spans))
+    }
+
+    /// Tells the destination what it took, so that it can predict its own stop of this guest. The end of
+    /// the session.
+    pub(super) fn farewell(mut self, costs: Costs) {
+        if !self.terms.answered {
+            return;
+        }
+        self.channel.fall_silent();
+        if let Err(error) = self.channel.send(&Learned { costs }) {
+            tracing::debug!("the destination does not know what the stop took: {error}");
+        }
     }
 
     /// Tells the destination that it won't get the guest.

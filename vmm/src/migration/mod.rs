@@ -2,6 +2,7 @@
 //!
 //! One thread carries an outgoing migration, one an incoming one. `connect.rs` makes the
 //! connection, `stream/` is what goes over it, `precopy.rs` sends RAM while the guest runs,
+//! `predict.rs` and `converge.rs` say when,
 //! `stop.rs` stops the guest, `switchover.rs` hands it over by the rule in `commit.rs`;
 //! `incoming.rs` and `receiver.rs` are the other side. `outgoing.rs` holds the source's whole way
 //! together and puts the guest back when it fails. `board.rs` is what the threads write down for
@@ -24,7 +25,9 @@ mod lanes;
 mod link;
 mod oneway;
 mod outgoing;
+mod pace;
 mod precopy;
+pub mod predict;
 mod receiver;
 pub mod settings;
 pub mod status;

@@ -13,6 +13,7 @@ use super::lanes::{LaneError, MAX_LANES};
 use super::link::{Link, SendError};
 use super::oneway::FinishError;
 use super::precopy;
+use super::predict::Forecast;
 use super::settings::{Capability, Mode, Parameter};
 use super::status::{MigrationStatus, describe};
 use super::stop::Stop;
@@ -22,6 +23,7 @@ use super::stream::message::Token;
 use super::tls;
 use super::vm::SourceVm;
 use crate::control;
+use crate::costs::Costs;
 use crate::devices::StateError;
 use crate::memory;
 use crate::probes::{self, Errno, Guarded};
@@ -102,6 +104,19 @@ pub(crate) enum Error {
         /// The limit.
         limit_ms: u64,
     },
+    /// Stopping the guest and starting it again takes longer than the downtime limit, whatever is left of
+    /// its RAM.
+    #[error(
+        "the downtime limit of {limit_ms} ms is too low for this guest: stopping it, saving and loading \
+         its devices and starting it again takes about {} ms, without a page of RAM",
+        .fixed_ns.div_ceil(1_000_000)
+    )]
+    LimitTooLow {
+        /// What all but the RAM is expected to take.
+        fixed_ns: u64,
+        /// The limit.
+        limit_ms: u64,
+    },
     /// The stop failed.
     #[error("stopping the guest")]
     Stop(#[from] control::Error),
@@ -153,7 +168,7 @@ impl Errno for Error {
             Error::Random(source) => source.errno(),
             Error::Stream(source) => source.errno(),
             Error::Memory(source) => source.errno(),
-            Error::NotConverging { .. } => libc::ETIME,
+            Error::NotConverging { .. } | Error::LimitTooLow { .. } => libc::ETIME,
             Error::Stop(source) => source.errno(),
             Error::SaveDevice { source, .. } => source.errno(),
             Error::Interrupted(_) => libc::EINTR,
@@ -170,6 +185,8 @@ pub(super) struct Attempt {
     pub(super) commit: Source,
     /// What the stop noted.
     pub(super) stop: Stop,
+    /// What was expected of it, right before it.
+    pub(super) forecast: Option<Forecast>,
     /// The devices in machine order.
     pub(super) devices: Vec<CString>,
     /// The first `KVM_RUN` on the destination, on its clock.
@@ -183,6 +200,7 @@ impl Attempt {
         Attempt {
             commit: Source::Live,
             stop: Stop::new(id),
+            forecast: None,
             devices: shape.device_names(),
             first_run_ns: None,
             peer_spans: Vec::new(),
@@ -218,8 +236,10 @@ pub(super) fn run(vm: &impl SourceVm, target: Target, parameters: &Parameters, b
         let migrated = precopy::migration_thread(vm, &mut link, &mut attempt, parameters, board);
         clock = link.clock().clone();
         let concluded = conclude(vm, &mut attempt, migrated, board);
-        if let Err(error) = &concluded {
-            link.give_up(describe(error));
+        learn(vm, &attempt, &clock, &log.spans());
+        match &concluded {
+            Ok(()) => link.farewell(vm.costs()),
+            Err(error) => link.give_up(describe(error)),
         }
         concluded
     });
@@ -239,6 +259,7 @@ pub(super) fn run(vm: &impl SourceVm, target: Target, parameters: &Parameters, b
         clock,
         downtime_start_ns: attempt.stop.downtime_start_ns,
         first_run_ns: attempt.first_run_ns,
+        forecast: attempt.forecast,
     };
     board.finish(status, error, report);
 }
@@ -344,6 +365,15 @@ fn conclude(
         tracing::warn!("the dirty log stays on: {}", describe(&error));
     }
     concluded
+}
+
+/// Notes what the stop took, if there was one, for the next one: here, if the migration failed.
+fn learn(vm: &impl SourceVm, attempt: &Attempt, clock: &Clock, spans: &[SpanRecord]) {
+    let measured = Costs::measured(spans);
+    match &attempt.forecast {
+        Some(forecast) => vm.learn(&forecast.learned(measured, attempt.downtime_ns(clock))),
+        None => vm.learn(&measured),
+    }
 }
 
 fn outcome(

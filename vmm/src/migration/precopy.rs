@@ -3,8 +3,10 @@
 
 use super::board::Board;
 use super::converge::{Convergence, Decision};
-use super::link::{Link, Pace, SendError};
+use super::link::{Link, SendError};
 use super::outgoing::{Attempt, Error, Parameters};
+use super::pace::Pace;
+use super::predict::{Fixed, Forecast};
 use super::settings::Parameter;
 use super::status::MigrationStatus;
 use super::switchover;
@@ -12,6 +14,8 @@ use super::vm::SourceVm;
 use crate::memory::{PAGE_SIZE, PageRun};
 use crate::probes::{self, Guarded};
 use crate::spanlog::monotonic_ns;
+
+const NS_PER_MS: u64 = 1_000_000;
 
 /// `[2]` Everything after the connection, from the first page to the destination's word that it runs
 /// the guest.
@@ -26,10 +30,21 @@ pub(super) fn migration_thread(
     board: &Board,
 ) -> Result<(), Error> {
     probes::migration_thread(attempt.id()).run(|_| {
+        let round_trip_ns = link
+            .clock()
+            .at(monotonic_ns())
+            .map_or(0, |clock| 2 * clock.error_ns);
+        let fixed = Fixed::new(
+            vm.costs(),
+            &attempt.devices,
+            link.rehearsal(),
+            round_trip_ns,
+        );
         let rest = match link.shares_ram() {
-            false => ram_rounds(vm, link, board)?,
-            true => nothing(board),
+            false => ram_rounds(vm, link, fixed, board)?,
+            true => nothing(vm, fixed, board)?,
         };
+        attempt.forecast = Some(rest.forecast.clone());
         switchover::complete(vm, link, attempt, rest, parameters, board)
     })
 }
@@ -40,23 +55,43 @@ pub(super) struct Rest {
     pub(super) runs: Vec<PageRun>,
     /// The number of the round that sends them.
     pub(super) round: u32,
+    /// What the stop is expected to cost.
+    pub(super) forecast: Forecast,
 }
 
 /// The destination has the guest's RAM already: there is nothing to do but to stop.
-fn nothing(board: &Board) -> Rest {
+fn nothing(vm: &impl SourceVm, fixed: Fixed, board: &Board) -> Result<Rest, Error> {
     board.set_status(MigrationStatus::Active);
-    Rest {
+    let convergence = Convergence::new(0, fixed.total_ns());
+    let limit_ms = board.settings().parameter(Parameter::DowntimeLimit);
+    let limit_ns = limit_ms.saturating_mul(NS_PER_MS);
+    board.set_expected_downtime(convergence.expected_ns(0));
+    if vm.is_running() && !convergence.fits(0, limit_ns) {
+        let fixed_ns = fixed.total_ns();
+        return Err(Error::LimitTooLow { fixed_ns, limit_ms });
+    }
+    Ok(Rest {
         runs: Vec::new(),
         round: 1,
-    }
+        forecast: Forecast {
+            limit_ns,
+            ram_ns: 0,
+            fixed,
+        },
+    })
 }
 
 /// Sends all of RAM, then what was dirtied meanwhile, and again, until it is time to stop.
-fn ram_rounds(vm: &impl SourceVm, link: &mut Link, board: &Board) -> Result<Rest, Error> {
+fn ram_rounds(
+    vm: &impl SourceVm,
+    link: &mut Link,
+    fixed: Fixed,
+    board: &Board,
+) -> Result<Rest, Error> {
     let ram = vm.ram();
     vm.set_dirty_log(true)?;
     board.set_status(MigrationStatus::Active);
-    let mut convergence = Convergence::new(ram.size());
+    let mut convergence = Convergence::new(ram.size(), fixed.total_ns());
     // What the guest writes from here on, also to a page that was untouched, is in the dirty log.
     let (mut runs, mut untouched) = ram.written_and_untouched()?;
     let mut round = 1;
@@ -72,10 +107,16 @@ fn ram_rounds(vm: &impl SourceVm, link: &mut Link, board: &Board) -> Result<Rest
         link.read_clock()?;
 
         untouched.clear();
+        let sync_began = monotonic_ns();
         runs = vm.take_dirty()?;
+        convergence.synced(monotonic_ns().saturating_sub(sync_began));
         let remaining = bytes(&runs);
         let limit_ms = board.settings().parameter(Parameter::DowntimeLimit);
-        let limit_ns = limit_ms.saturating_mul(1_000_000);
+        let limit_ns = match vm.is_running() {
+            true => limit_ms.saturating_mul(NS_PER_MS),
+            // A guest that is paused anyway has no downtime.
+            false => u64::MAX,
+        };
         let decision = convergence.round(sent.bytes, took_ns, remaining, limit_ns);
         board.set_expected_downtime(convergence.expected_ns(remaining));
         board.update_ram(|ram| {
@@ -93,7 +134,16 @@ fn ram_rounds(vm: &impl SourceVm, link: &mut Link, board: &Board) -> Result<Rest
                 return Ok(Rest {
                     runs,
                     round: round + 1,
+                    forecast: Forecast {
+                        limit_ns,
+                        ram_ns: convergence.ram_ns(remaining).unwrap_or(0),
+                        fixed,
+                    },
                 });
+            }
+            Decision::GiveUp if !convergence.fits(0, limit_ns) => {
+                let fixed_ns = fixed.total_ns();
+                return Err(Error::LimitTooLow { fixed_ns, limit_ms });
             }
             Decision::GiveUp => {
                 return Err(Error::NotConverging {

@@ -14,8 +14,8 @@ use super::status::MigrationStatus;
 use super::stream;
 use super::stream::frame::Kind;
 use super::stream::message::{
-    Ack, Commit, Device, End, Hello, Loaded, Message, Ping, Pong, RoundEnd, RoundLoaded, Running,
-    Token, Welcome,
+    Ack, Commit, Device, End, Hello, Learned, Loaded, Message, Ping, Pong, RoundEnd, RoundLoaded,
+    Running, Token, Welcome,
 };
 use super::stream::ram::{self, LoadError, Tally};
 use super::vm::TargetVm;
@@ -143,7 +143,22 @@ impl<'a, V: TargetVm> Receiver<'a, V> {
             tracing::warn!("the source was not told that the guest runs: {error}");
         }
         self.vm.settle();
+        if self.answered {
+            self.learn();
+        }
         Ok(())
+    }
+
+    /// Hears from the source what the stop has cost there, for the next one, which is this side's.
+    fn learn(&mut self) {
+        let learned = self.channel.receive_farewell();
+        let learned =
+            learned.and_then(|frame| frame.decode::<Learned>("what the source has learned"));
+        match learned {
+            Ok(Learned { costs }) if costs.is_sane() => self.vm.learn(&costs),
+            Ok(_) => tracing::warn!("the source has learned more than a guest can teach"),
+            Err(error) => tracing::debug!("nothing is known of the stop at the source: {error}"),
+        }
     }
 
     /// Everything is in place, and `end` has arrived: checks it, and returns the run state that the
@@ -206,7 +221,9 @@ impl<'a, V: TargetVm> Receiver<'a, V> {
         if lanes > MAX_LANES {
             return Err(Error::TooManyLanes(lanes));
         }
-        self.channel.send(&Welcome { token: self.token })?;
+        let rehearsal = self.vm.rehearse();
+        let token = self.token;
+        self.channel.send(&Welcome { token, rehearsal })?;
         self.channel.keep_alive().map_err(Error::Session)?;
         if lanes > 0 {
             let ram = self.ram.clone();

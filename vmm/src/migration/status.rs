@@ -7,6 +7,7 @@ use std::ffi::CStr;
 use serde::Serialize;
 
 use super::clock::Estimate;
+use super::predict::Prediction;
 use super::stream::ram::Tally;
 use crate::memory::PAGE_SIZE;
 use crate::spanlog::SpanRecord;
@@ -97,7 +98,7 @@ pub struct QueryMigrate {
     /// From its start to the first page, ms.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub setup_time: Option<u64>,
-    /// The downtime that stopping now would cost, by bytes and rate alone, ms.
+    /// The downtime that stopping now would cost, everything counted, ms.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub expected_downtime: Option<u64>,
     /// The downtime, ms, rounded up; `blackout.downtime-ns` is exact.
@@ -226,6 +227,10 @@ pub struct Blackout {
     /// Where it ends.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub first_run_ns: Option<i64>,
+    /// The downtime as it was expected right before the stop, part by part beside what came. On a
+    /// source that got that far.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub prediction: Option<Prediction>,
     /// The other side's clock, on the source.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub clock: Option<ClockReport>,

@@ -6,8 +6,9 @@ use std::time::Duration;
 
 use super::board::Board;
 use super::commit::SourceEvent;
-use super::link::{Committed, Link, Pace};
+use super::link::{Committed, Link};
 use super::outgoing::{Attempt, Error, Parameters};
+use super::pace::Pace;
 use super::precopy::{Rest, bytes};
 use super::settings::Capability;
 use super::status::MigrationStatus;

@@ -9,12 +9,15 @@ use std::time::Duration;
 
 use super::stop;
 use super::stream::header::Shape;
+use super::stream::message::Rehearsal;
 use crate::arch;
 use crate::control;
-use crate::devices::StateError;
+use crate::costs::Costs;
+use crate::devices::{DeviceState, StateError};
 use crate::machine::{Machine, SharedMachine};
 use crate::memory::{self, GuestRam, PageRun};
 use crate::runstate::RunState;
+use crate::spanlog::monotonic_ns;
 
 /// How long a guest that was started may take to enter `KVM_RUN`. It is only waited for so that the
 /// downtime is known; the guest has been started either way.
@@ -36,10 +39,16 @@ pub(super) trait MigrationVm {
     fn shape(&self) -> Shape;
     /// Guest RAM.
     fn ram(&self) -> GuestRam;
+    /// What stops of this guest have cost so far.
+    fn costs(&self) -> Costs;
+    /// Takes in what one more stop has cost.
+    fn learn(&self, measured: &Costs);
 }
 
 /// The VM of an outgoing migration.
 pub(super) trait SourceVm: MigrationVm {
+    /// Whether the guest runs, so that a stop makes a downtime.
+    fn is_running(&self) -> bool;
     /// Switches the dirty log.
     fn set_dirty_log(&self, on: bool) -> Result<(), memory::Error>;
     /// The pages written since the last call.
@@ -67,6 +76,9 @@ pub(super) trait SourceVm: MigrationVm {
 
 /// The VM of an incoming migration.
 pub(super) trait TargetVm: MigrationVm {
+    /// Saves each device and loads what it saved: the machine is as it was, but what a migration will
+    /// do to it has been done once, in caches and page tables, and its time is known.
+    fn rehearse(&self) -> Vec<Rehearsal>;
     /// Loads a state into the device with this place.
     fn load_device(&self, index: usize, version: u32, state: &[u8]) -> Result<(), StateError>;
     /// Lets the guest go on in the state `old`, its state at the source, unless a person wants it
@@ -97,9 +109,21 @@ impl MigrationVm for SharedMachine {
     fn ram(&self) -> GuestRam {
         lock(self).ram().clone()
     }
+
+    fn costs(&self) -> Costs {
+        lock(self).costs().clone()
+    }
+
+    fn learn(&self, measured: &Costs) {
+        lock(self).learn(measured);
+    }
 }
 
 impl SourceVm for SharedMachine {
+    fn is_running(&self) -> bool {
+        lock(self).run_state().is_running()
+    }
+
     fn set_dirty_log(&self, on: bool) -> Result<(), memory::Error> {
         let machine = lock(self);
         machine.ram().set_dirty_log(machine.vm(), on)
@@ -170,6 +194,12 @@ impl SourceVm for SharedMachine {
 }
 
 impl TargetVm for SharedMachine {
+    fn rehearse(&self) -> Vec<Rehearsal> {
+        let mut machine = lock(self);
+        let devices = machine.devices_mut().iter_mut();
+        devices.map(|device| rehearse(&mut **device)).collect()
+    }
+
     fn load_device(&self, index: usize, version: u32, state: &[u8]) -> Result<(), StateError> {
         let mut machine = lock(self);
         let device = machine.devices_mut().get_mut(index).ok_or_else(no_device)?;
@@ -206,6 +236,22 @@ fn continue_in(machine: &mut Machine, state: RunState) -> Result<(), control::Er
         control::vm_start(machine)
     } else {
         Ok(machine.set_state(state)?)
+    }
+}
+
+fn rehearse(device: &mut dyn DeviceState) -> Rehearsal {
+    let began_ns = monotonic_ns();
+    let saved = device.save();
+    let saved_ns = monotonic_ns();
+    let loaded = saved.and_then(|state| device.load(device.version(), &state));
+    let loaded_ns = monotonic_ns();
+    if let Err(error) = loaded {
+        // If it can't be loaded at all, the migration will say so.
+        tracing::warn!(device = ?device.name(), "rehearsal: {error}");
+    }
+    Rehearsal {
+        save_ns: saved_ns.saturating_sub(began_ns),
+        load_ns: loaded_ns.saturating_sub(saved_ns),
     }
 }
 

@@ -6,12 +6,14 @@ use std::sync::{MutexGuard, PoisonError};
 use super::commands::{Backend, Change};
 use super::wire::Error;
 use crate::control::{system_reset, vm_start, vm_stop};
+use crate::costs::Costs;
 use crate::machine::{Machine, SharedMachine};
 use crate::migration::Migrations;
 use crate::migration::descriptors::Descriptors;
 use crate::migration::settings::{Capability, Settings};
 use crate::migration::status::{MigrationStatus, QueryMigrate};
 use crate::runstate::{Request, RunState};
+use crate::spanlog::SpanLog;
 
 /// A machine under control.
 pub struct Monitor {
@@ -45,7 +47,12 @@ impl Backend for Monitor {
         match decide(machine.run_state())? {
             Change::Nothing => {}
             Change::Start => vm_start(&mut machine)?,
-            Change::Stop => vm_stop(&mut machine, RunState::Paused, false)?,
+            Change::Stop => {
+                let log = SpanLog::open();
+                vm_stop(&mut machine, RunState::Paused, false)?;
+                // What it took is what the stop of a migration will take.
+                machine.learn(&Costs::measured(&log.finish()));
+            }
             Change::Autostart(on) => machine.set_autostart(on),
         }
         Ok(())

@@ -1,7 +1,8 @@
 #!/bin/sh
 # The testbed's first process. It mounts what Linux programs expect, runs /etc/command and reports
 # its exit status through the second virtio port; the first one carries its output.
-export PATH=/bin:/sbin HOME=/root
+# The tests are told that nothing is as fast here as it is said to be.
+export PATH=/bin:/sbin HOME=/root BLACKOUT_EMULATED=1
 /bin/busybox mkdir -p /proc /sys /dev /tmp /root /run /share /sbin
 /bin/busybox --install -s /bin
 mount -t proc proc /proc

@@ -4,7 +4,7 @@ use super::{Finding, Source};
 
 /// The modules, each of which may import those after it. `vmm/ARCHITECTURE.md` has the same order
 /// and says what each is for.
-const ORDER: [&str; 21] = [
+const ORDER: [&str; 22] = [
     "main",
     "console",
     "logging",
@@ -23,6 +23,7 @@ const ORDER: [&str; 21] = [
     "kvm",
     "runstate",
     "probes",
+    "costs",
     "spanlog",
     "socket",
     "lib",

@@ -144,6 +144,7 @@ fn both_sides_stand_on_the_clock_of_the_source() {
         clock,
         downtime_start_ns: Some(start + 100),
         first_run_ns: Some(start + ahead + 800),
+        forecast: None,
     };
     board.finish(MigrationStatus::Completed, None, report);
     let answer = board.query();

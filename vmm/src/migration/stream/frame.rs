@@ -106,7 +106,7 @@ macro_rules! kinds {
 
 kinds! {
     Hello = 1, c"hello", 64 << 10, "The source introduces the guest.";
-    Welcome = 2, c"welcome", 256, "The destination can take it.";
+    Welcome = 2, c"welcome", 64 << 10, "The destination can take it.";
     Ping = 3, c"ping", 64, "The source asks for the time.";
     Pong = 4, c"pong", 64, "The destination's answer.";
     Ram = 5, c"ram", super::ram::MAX_PAYLOAD, "Pages.";
@@ -120,6 +120,7 @@ kinds! {
     Running = 13, c"running", 2 << 20, "The guest runs; the destination's spans.";
     Alive = 15, c"alive", 8, "The sender is busy, but there.";
     Join = 16, c"join", 64, "A further connection, for pages, of a migration that has begun.";
+    Learned = 17, c"learned", 512 << 10, "What stops of this guest have cost.";
     Failure = 14, c"failure", 2 << 20, "The sender gives up, and why.";
 }
 

@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use super::frame::Kind;
+use crate::costs::Costs;
 use crate::spanlog::SpanRecord;
 
 /// A session's secret: who echoes it is the peer that was talked to before, and not a recording.
@@ -19,6 +20,15 @@ pub(crate) struct Terms {
     pub(crate) shared: bool,
     /// How many further connections there are for pages; see [`Join`].
     pub(crate) lanes: u8,
+}
+
+/// What a device's state took on a machine that does not run.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Rehearsal {
+    /// To save it, ns.
+    pub(crate) save_ns: u64,
+    /// To load it, ns.
+    pub(crate) load_ns: u64,
 }
 
 /// A payload that postcard encodes, and the kind of the frame that carries it.
@@ -63,6 +73,8 @@ messages! {
     Welcome {
         /// Comes back in [`Commit`].
         token: Token,
+        /// What its devices' states took, in their order.
+        rehearsal: Vec<Rehearsal>,
     }
     /// The source has opened a further connection, on which nothing but pages and their
     /// acknowledgements goes. The destination answers with its preface.
@@ -133,6 +145,12 @@ messages! {
         sent_ns: u64,
         /// What the destination did.
         spans: Vec<SpanRecord>,
+    }
+    /// What stops of this guest have cost, for the destination's own. The source's last message, which
+    /// is not answered, and which nothing depends on.
+    Learned {
+        /// Nanoseconds by part.
+        costs: Costs,
     }
     /// The sender is there, however long it is busy with something else. Comes at any time after the
     /// introductions, and is not answered.

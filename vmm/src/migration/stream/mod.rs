@@ -36,6 +36,7 @@
 //!                  ◀───────────────────────    loaded: everything is in place and verified
 //!     commit       ───────────────────────▶    the guest is the destination's
 //!                  ◀───────────────────────    running
+//!     learned      ───────────────────────▶    what it took, for the next time
 //! ```
 //!
 //! A stream that goes one way, to a file for example, is the left column without the pings and

@@ -22,11 +22,13 @@ use super::descriptors::Descriptors;
 use super::status::{MigrationStatus, QueryMigrate, Side, Span};
 use super::stop::Stop;
 use super::stream::header::Shape;
+use super::stream::message::Rehearsal;
 use super::tls::Security;
 use super::uri::Uri;
 use super::vm::{MigrationVm, SavedDevice, SourceVm, TargetVm};
 use super::{Parameters, incoming, outgoing};
 use crate::control;
+use crate::costs::Costs;
 use crate::devices::StateError;
 use crate::memory::{self, GuestRam, PAGE_SIZE, PageRun};
 use crate::runstate::{EventSender, RunState};
@@ -51,6 +53,7 @@ struct State {
     dirty_log: bool,
     /// How often the dirty log was read.
     reads: u64,
+    costs: Costs,
 }
 
 /// What a test does in the middle of a migration.
@@ -107,6 +110,7 @@ impl Fake {
             devices,
             dirty_log: false,
             reads: 0,
+            costs: Costs::default(),
         };
         Fake {
             ram: GuestRam::new(&layout).unwrap(),
@@ -155,9 +159,21 @@ impl MigrationVm for Fake {
     fn ram(&self) -> GuestRam {
         self.ram.clone()
     }
+
+    fn costs(&self) -> Costs {
+        self.lock().costs.clone()
+    }
+
+    fn learn(&self, measured: &Costs) {
+        self.lock().costs.learn(measured);
+    }
 }
 
 impl SourceVm for Fake {
+    fn is_running(&self) -> bool {
+        self.run_state().is_running()
+    }
+
     fn set_dirty_log(&self, on: bool) -> Result<(), memory::Error> {
         self.lock().dirty_log = on;
         Ok(())
@@ -231,6 +247,14 @@ impl SourceVm for Fake {
 }
 
 impl TargetVm for Fake {
+    fn rehearse(&self) -> Vec<Rehearsal> {
+        let rehearsal = Rehearsal {
+            save_ns: 1000,
+            load_ns: 2000,
+        };
+        vec![rehearsal; DEVICES.len()]
+    }
+
     fn load_device(&self, index: usize, version: u32, state: &[u8]) -> Result<(), StateError> {
         if self.faults.load {
             return Err(StateError::Version {

@@ -1,5 +1,6 @@
 //! What a migration ends in when the connection holds.
 
+use super::super::predict::Basis;
 use super::super::settings::{Capability, Parameter};
 use super::*;
 
@@ -180,13 +181,53 @@ fn a_page_that_the_dirty_log_missed_is_found_by_the_checksum() {
 fn a_guest_that_does_not_converge_runs_on() {
     let (source, target) = (Fake::source().with(|f| f.busy = PAGES), Fake::target());
     let bench = Bench::new();
-    let none = [(Parameter::DowntimeLimit, 0)];
-    bench.source.settings().set_parameters(&none).unwrap();
+    let limit = [(Parameter::DowntimeLimit, 10)];
+    bench.source.settings().set_parameters(&limit).unwrap();
+    // At 1 MiB/s what is dirty takes 31 ms.
+    let slow = [(Parameter::MaxBandwidth, 1 << 20)];
+    bench.source.settings().set_parameters(&slow).unwrap();
     let outcome = bench.migrate(&source, &target, Parameters::default(), |uri| uri);
     check(&source, &target, &outcome);
     let error = outcome.source.error_desc.unwrap();
     let start = "the guest does not converge: after 30 rounds 32 KiB are dirty still";
     assert!(error.starts_with(start), "{error}");
+}
+
+#[test]
+fn a_limit_below_what_any_stop_takes_is_refused_with_the_figures() {
+    let (source, target) = (Fake::source(), Fake::target());
+    let bench = Bench::new();
+    let none = [(Parameter::DowntimeLimit, 0)];
+    bench.source.settings().set_parameters(&none).unwrap();
+    let outcome = bench.migrate(&source, &target, Parameters::default(), |uri| uri);
+    check(&source, &target, &outcome);
+    let error = outcome.source.error_desc.unwrap();
+    let start = "the downtime limit of 0 ms is too low for this guest";
+    assert!(error.starts_with(start), "{error}");
+}
+
+#[test]
+fn what_a_stop_has_cost_goes_with_the_guest() {
+    let (source, target) = (Fake::source(), Fake::target());
+    let outcome = migrate(&source, &target);
+    let blackout = outcome.source.blackout.unwrap();
+    let first = blackout.prediction.unwrap();
+    assert_eq!(first.basis, Basis::Rehearsal);
+    assert_eq!(first.achieved_ns, blackout.downtime_ns);
+    let costs = source.lock().costs.clone();
+    assert!(costs.rest.ns() > 0, "{costs:?}");
+    assert_eq!(target.lock().costs, costs);
+
+    let next = Fake::target();
+    let outcome = migrate(&target, &next);
+    let second = outcome.source.blackout.unwrap().prediction.unwrap();
+    assert_eq!(second.basis, Basis::History);
+    let rest = second
+        .parts
+        .iter()
+        .find(|part| part.name == "rest")
+        .unwrap();
+    assert_eq!(rest.predicted_ns, costs.rest.ns());
 }
 
 #[test]

@@ -1,0 +1,251 @@
+//! What a blackout is expected to take, part by part, and what it took: nothing but the number decides
+//! when the guest is stopped, so it counts everything that the downtime will consist of.
+//!
+//! Pages are expected at the rate of the last round. Everything else is expected to take what it took
+//! before ([`Costs`], which go with the guest), or, for a guest that was never stopped, what it took
+//! when the destination rehearsed it on its idle machine.
+
+use std::ffi::CString;
+
+use serde::Serialize;
+
+use super::stream::message::Rehearsal;
+use crate::costs::{Costs, DEVICE_SAVE, Recent, part};
+
+/// Round trips in a downtime besides what the destination does: `end` and `loaded`, `commit`, and two
+/// threads that are woken, each side's, which takes about as long.
+const ROUND_TRIPS: u64 = 3;
+/// The name of what pages are expected to take, and of everything that is no part.
+const RAM: &str = "ram_final";
+const REST: &str = "rest";
+
+/// Where the expectation of what is not RAM comes from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Basis {
+    /// The destination has saved and loaded the devices of its own machine, which has not run. What the
+    /// guest has made of its ITS is not known.
+    #[default]
+    Rehearsal,
+    /// This guest was stopped before, in this monitor or in those where it came from.
+    History,
+}
+
+/// What a stop now is expected to cost besides its pages.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Fixed {
+    basis: Basis,
+    costs: Costs,
+}
+
+impl Fixed {
+    /// From what is `known` of the guest, and what the destination's `rehearsal` of its `devices` took;
+    /// `round_trip_ns` is the way there and back.
+    pub(super) fn new(
+        known: Costs,
+        devices: &[CString],
+        rehearsal: &[Rehearsal],
+        round_trip_ns: u64,
+    ) -> Self {
+        let basis = match known.is_empty() {
+            true => Basis::Rehearsal,
+            false => Basis::History,
+        };
+        let mut costs = known;
+        let mut loads_ns = 0u64;
+        for (name, rehearsed) in devices.iter().zip(rehearsal) {
+            let name = part(DEVICE_SAVE, Some(&name.to_string_lossy()));
+            let unknown = || Recent::one(rehearsed.save_ns);
+            costs.parts.entry(name).or_insert_with(unknown);
+            loads_ns = loads_ns.saturating_add(rehearsed.load_ns);
+        }
+        let pause = part("pause_all_vcpus", None);
+        let unknown = || Recent::one(round_trip_ns);
+        costs.parts.entry(pause).or_insert_with(unknown);
+        let trips_ns = round_trip_ns.saturating_mul(ROUND_TRIPS);
+        if costs.rest.is_empty() {
+            costs.rest = Recent::one(loads_ns.saturating_add(trips_ns));
+        }
+        Fixed { basis, costs }
+    }
+
+    /// The sum.
+    pub(super) fn total_ns(&self) -> u64 {
+        self.costs.parts_ns().saturating_add(self.costs.rest.ns())
+    }
+}
+
+/// What was expected right before the stop.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(super) struct Forecast {
+    /// The downtime limit, ns.
+    pub(super) limit_ns: u64,
+    /// The pages that are left.
+    pub(super) ram_ns: u64,
+    /// Everything else.
+    pub(super) fixed: Fixed,
+}
+
+impl Forecast {
+    /// The downtime.
+    pub(super) fn total_ns(&self) -> u64 {
+        self.fixed.total_ns().saturating_add(self.ram_ns)
+    }
+
+    /// What there is to learn from a downtime of which `measured` are the parts: they, and the rest,
+    /// which is what was neither in the parts nor expected of the pages.
+    pub(super) fn learned(&self, measured: Costs, downtime_ns: Option<u64>) -> Costs {
+        let accounted_ns = measured.parts_ns().saturating_add(self.ram_ns);
+        let rest_ns = downtime_ns.map(|ns| ns.saturating_sub(accounted_ns));
+        Costs {
+            rest: rest_ns.map(Recent::one).unwrap_or_default(),
+            ..measured
+        }
+    }
+
+    /// The expectation beside what came, of which `measured` are the parts and `ram_ns` the pages.
+    pub(super) fn beside(
+        &self,
+        measured: &Costs,
+        ram_ns: Option<u64>,
+        downtime_ns: Option<u64>,
+    ) -> Prediction {
+        let expected = &self.fixed.costs;
+        let mut parts: Vec<_> = expected
+            .parts
+            .iter()
+            .map(|(name, ns)| Part::new(name, ns.ns(), measured.parts.get(name).map(Recent::ns)))
+            .collect();
+        let news = measured.parts.iter();
+        let news = news.filter(|(name, _)| !expected.parts.contains_key(*name));
+        parts.extend(news.map(|(name, ns)| Part::new(name, 0, Some(ns.ns()))));
+        parts.push(Part::new(RAM, self.ram_ns, ram_ns));
+        let accounted_ns = measured.parts_ns().saturating_add(ram_ns.unwrap_or(0));
+        let rest_ns = downtime_ns.map(|ns| ns.saturating_sub(accounted_ns));
+        parts.push(Part::new(REST, expected.rest.ns(), rest_ns));
+        Prediction {
+            basis: self.fixed.basis,
+            limit_ns: self.limit_ns,
+            predicted_ns: self.total_ns(),
+            achieved_ns: downtime_ns,
+            parts,
+        }
+    }
+}
+
+/// The downtime as it was expected right before the stop, and as it was: `blackout.prediction` of
+/// `query-migrate`.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Prediction {
+    /// How it was known.
+    pub basis: Basis,
+    /// The downtime limit at that time.
+    pub limit_ns: u64,
+    /// What was expected.
+    pub predicted_ns: u64,
+    /// What came; absent when the guest did not run before or after.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub achieved_ns: Option<u64>,
+    /// Both sums, part by part. `rest` is everything from the last byte that the source sent.
+    pub parts: Vec<Part>,
+}
+
+/// One part of a downtime.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "kebab-case")]
+pub struct Part {
+    /// The span's name, and its device's where it has one.
+    pub name: String,
+    /// What was expected.
+    pub predicted_ns: u64,
+    /// What came; absent when the migration did not get there.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub achieved_ns: Option<u64>,
+}
+
+impl Part {
+    fn new(name: &str, predicted_ns: u64, achieved_ns: Option<u64>) -> Self {
+        Part {
+            name: name.to_owned(),
+            predicted_ns,
+            achieved_ns,
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn costs(parts: &[(&str, u64)], rest_ns: Option<u64>) -> Costs {
+        let part = |&(name, ns): &(&str, u64)| (name.to_owned(), Recent::one(ns));
+        Costs {
+            parts: parts.iter().map(part).collect(),
+            rest: rest_ns.map(Recent::one).unwrap_or_default(),
+        }
+    }
+
+    fn rehearsed(known: Costs) -> Fixed {
+        let devices = [c"cpu/0".to_owned(), c"its".to_owned()];
+        let rehearsal = [(10, 20), (3, 4)].map(|(save_ns, load_ns)| Rehearsal { save_ns, load_ns });
+        Fixed::new(known, &devices, &rehearsal, 100)
+    }
+
+    #[test]
+    fn a_guest_that_was_never_stopped_is_predicted_by_the_rehearsal() {
+        let fixed = rehearsed(Costs::default());
+        assert_eq!(fixed.basis, Basis::Rehearsal);
+        let parts = [
+            ("device_save cpu/0", 10),
+            ("device_save its", 3),
+            ("pause_all_vcpus", 100),
+        ];
+        assert_eq!(fixed.costs, costs(&parts, Some(24 + 300)));
+        assert_eq!(fixed.total_ns(), 113 + 324);
+    }
+
+    #[test]
+    fn what_was_measured_comes_before_what_was_rehearsed() {
+        let known = [("device_save its", 70), ("pause_all_vcpus", 5)];
+        let fixed = rehearsed(costs(&known, None));
+        assert_eq!(fixed.basis, Basis::History);
+        assert_eq!(fixed.total_ns(), 70 + 5 + 10 + 324);
+        assert_eq!(
+            rehearsed(costs(&known, Some(1))).total_ns(),
+            70 + 5 + 10 + 1
+        );
+    }
+
+    #[test]
+    fn a_prediction_is_laid_beside_what_came() {
+        let forecast = Forecast {
+            limit_ns: 1000,
+            ram_ns: 50,
+            fixed: Fixed {
+                basis: Basis::History,
+                costs: costs(&[("drain", 2), ("gone", 1)], Some(30)),
+            },
+        };
+        assert_eq!(forecast.total_ns(), 83);
+        let measured = costs(&[("drain", 4), ("new", 6)], None);
+        let prediction = forecast.beside(&measured, Some(40), Some(100));
+        let parts: Vec<_> = prediction
+            .parts
+            .iter()
+            .map(|p| (&*p.name, p.predicted_ns, p.achieved_ns))
+            .collect();
+        let expected = [
+            ("drain", 2, Some(4)),
+            ("gone", 1, None),
+            ("new", 0, Some(6)),
+            ("ram_final", 50, Some(40)),
+            ("rest", 30, Some(50)),
+        ];
+        assert_eq!(parts, expected);
+        let sum: u64 = parts.iter().filter_map(|(_, _, achieved)| *achieved).sum();
+        assert_eq!(Some(sum), prediction.achieved_ns);
+        let learned = forecast.learned(measured, Some(100));
+        assert_eq!(learned.rest, Recent::one(100 - 4 - 6 - 50));
+    }
+}
