@@ -59,7 +59,10 @@ enum Verb {
 }
 
 fn main() -> ExitCode {
-    let result = match Arguments::parse().verb {
+    let verb = Arguments::parse().verb;
+    // The gate's 1 is a verdict.
+    let failure = if matches!(verb, Verb::Gate(_)) { 3 } else { 1 };
+    let result = match verb {
         Verb::Setup(arguments) => setup::run(&arguments).map(|()| 0),
         Verb::Build(arguments) => build::run(&arguments).map(|()| 0),
         Verb::Demo(arguments) => demo::run(&arguments),
@@ -76,7 +79,7 @@ fn main() -> ExitCode {
         Ok(code) => ExitCode::from(code),
         Err(error) => {
             eprintln!("error: {error:#}");
-            ExitCode::FAILURE
+            ExitCode::from(failure)
         }
     }
 }

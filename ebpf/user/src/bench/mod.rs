@@ -2,11 +2,12 @@
 //! bench`.
 //!
 //! [`Scenario`] migrates once and records it; [`order`] says whose turn it is and when to look at what
-//! has come of it. The verdicts are those of [`crate::gate`].
+//! has come of it; [`revision`] builds what is named by a git revision. The verdicts are those of [`crate::gate`].
 
 pub mod order;
 mod process;
 mod qmp;
+pub mod revision;
 mod scenario;
 
 use std::io;
@@ -58,6 +59,14 @@ pub enum Error {
         command: &'static str,
         /// What it answered.
         answer: String,
+    },
+    /// What is neither a program nor a revision that builds.
+    #[error("{name}: no such file, and {why}")]
+    Revision {
+        /// What was asked for.
+        name: String,
+        /// Why it is no revision either.
+        why: String,
     },
     /// A file, a folder or a port could not be had.
     #[error("cannot {what}")]

@@ -11,7 +11,7 @@ use super::Outcome;
 use super::check::{self, Files, Thresholds};
 use super::print::{json, print};
 use crate::bench::order::Turn;
-use crate::bench::{Scenario, order};
+use crate::bench::{Scenario, order, revision};
 use crate::gate::{Check, Verdict, text};
 
 /// Migrate a guest with two monitors in turn until it is clear which one is slower
@@ -22,17 +22,30 @@ use crate::gate::{Check, Verdict, text};
 /// it, as `blackout check` would, and ends when that passes or fails. The looks share the probability
 /// of a false alarm: looking often does not make one more likely.
 ///
-/// Needs KVM, and the rights that `blackout record` needs.
+/// What is not a file is taken for a git revision of this folder's repository, and its `blackout-vmm` is
+/// built, once.
+///
+/// Needs KVM, and the rights that `blackout record` needs. `--testbed` needs neither: it counts the stop
+/// path's instructions in an emulated arm64 machine, where they repeat to within 0.1 %, and so takes a
+/// single run.
 #[derive(Debug, clap::Args)]
 #[command(after_help = EXIT_CODES)]
 pub(super) struct Args {
-    /// The monitor to compare with
-    #[arg(long, value_name = "PROGRAM")]
-    baseline: PathBuf,
+    /// The monitor to compare with, or a git revision of it
+    #[arg(long, value_name = "PROGRAM|REVISION")]
+    baseline: OsString,
 
-    /// The monitor to judge
-    #[arg(long, value_name = "PROGRAM")]
-    current: PathBuf,
+    /// The monitor to judge, or a git revision of it; with --testbed, the working tree by default
+    #[arg(
+        long,
+        value_name = "PROGRAM|REVISION",
+        required_unless_present = "testbed"
+    )]
+    current: Option<OsString>,
+
+    /// Count instructions in the arm64 testbed, of revisions, in a clone of the project
+    #[arg(long, conflicts_with_all = ["json", "keep", "outs", "github"])]
+    testbed: bool,
 
     #[command(flatten)]
     guest: Guest,
@@ -73,7 +86,7 @@ pub(super) struct Args {
 #[command(next_help_heading = "Guest")]
 struct Guest {
     /// Bare-metal program to boot
-    #[arg(long, value_name = "FILE", required_unless_present = "kernel")]
+    #[arg(long, value_name = "FILE", required_unless_present_any = ["kernel", "testbed"])]
     payload: Option<PathBuf>,
 
     /// Linux kernel to boot
@@ -134,7 +147,20 @@ impl Guest {
 }
 
 pub(super) fn run(args: &Args) -> anyhow::Result<Outcome> {
+    if args.testbed {
+        return Ok(
+            match revision::count(&args.baseline, args.current.as_deref())? {
+                true => Outcome::Done,
+                false => Outcome::Bad,
+            },
+        );
+    }
     let settings = args.thresholds.settings()?;
+    let current = args.current.as_deref().unwrap_or(&args.baseline);
+    let monitors = Monitors {
+        baseline: revision::monitor(&args.baseline)?,
+        current: revision::monitor(current)?,
+    };
     let temporary = tempfile::Builder::new()
         .prefix("blackout-bench-")
         .tempdir()
@@ -159,7 +185,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<Outcome> {
         let next = looks.iter().find(|look| 2 * **look > done);
         let until = next.map_or(done, |look| 2 * look);
         while done < until && !spent {
-            migrate(args, &scenario, folder, done)?;
+            migrate(&monitors, &scenario, folder, done)?;
             done += 1;
             spent = done >= 2 && end.is_some_and(|end| Instant::now() >= end);
         }
@@ -186,12 +212,23 @@ pub(super) fn run(args: &Args) -> anyhow::Result<Outcome> {
     Ok(check::outcome(check.verdict))
 }
 
+/// The two programs.
+struct Monitors {
+    baseline: PathBuf,
+    current: PathBuf,
+}
+
 /// One migration with the monitor whose turn it is.
-fn migrate(args: &Args, scenario: &Scenario, folder: &Path, run: usize) -> anyhow::Result<()> {
+fn migrate(
+    monitors: &Monitors,
+    scenario: &Scenario,
+    folder: &Path,
+    run: usize,
+) -> anyhow::Result<()> {
     let turn = order::turn(run);
     let monitor = match turn {
-        Turn::Baseline => &args.baseline,
-        Turn::Current => &args.current,
+        Turn::Baseline => &monitors.baseline,
+        Turn::Current => &monitors.current,
     };
     let recording = set(folder, turn).join(format!("{run:05}.rec"));
     scenario
