@@ -15,6 +15,7 @@ pub mod transfer;
 
 use std::fs::File;
 use std::io;
+use std::os::unix::fs::FileExt;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
@@ -73,6 +74,9 @@ pub enum Error {
         transfer::PIECES_MAX
     )]
     Pieces,
+    /// Pages could not be put into RAM.
+    #[error("{1} bytes for guest-physical {0:#x}")]
+    Put(u64, usize, #[source] io::Error),
     /// Pages could not be given back to the kernel.
     #[error("zeroing {1} bytes at guest-physical {0:#x}")]
     Zero(u64, u64, #[source] io::Error),
@@ -95,6 +99,7 @@ impl Errno for Error {
         match self {
             Error::Layout { .. } | Error::Pieces | Error::Foreign(_) => libc::EINVAL,
             Error::Memfd(_, source)
+            | Error::Put(_, _, source)
             | Error::Zero(_, _, source)
             | Error::Extents(source)
             | Error::HandOver(source) => source.errno(),
@@ -248,6 +253,37 @@ impl GuestRam {
         self.mem
             .write_slice(buf, at)
             .map_err(|source| Error::Access { gpa, len, source })
+    }
+
+    /// Puts whole pages into RAM that no vCPU uses yet. The kernel copies them into the memfd, so that a
+    /// page that had no memory before takes no fault and is not zeroed only to be overwritten.
+    ///
+    /// # Errors
+    /// When they are not all RAM, or there is no memory for them.
+    pub fn put_pages(&self, gpa: u64, mut pages: &[u8]) -> Result<(), Error> {
+        let len = pages.len();
+        let mut at = GuestAddress(gpa);
+        if !self.mem.check_range(at, len) {
+            let source = GuestMemoryError::InvalidGuestAddress(at);
+            return Err(Error::Access { gpa, len, source });
+        }
+        while !pages.is_empty() {
+            let found = self.mem.to_region_addr(at);
+            let file = found.and_then(|(region, offset)| {
+                let left = usize::try_from(region.len() - offset.0).unwrap_or(usize::MAX);
+                Some((region.file_offset()?, offset.0, left))
+            });
+            let Some((file, offset, left)) = file else {
+                let source = GuestMemoryError::InvalidGuestAddress(at);
+                return Err(Error::Access { gpa, len, source });
+            };
+            let part = pages.get(..left).unwrap_or(pages);
+            let written = file.file().write_all_at(part, file.start() + offset);
+            written.map_err(|source| Error::Put(at.0, part.len(), source))?;
+            pages = pages.get(part.len()..).unwrap_or_default();
+            at = GuestAddress(at.0.wrapping_add(part.len() as u64));
+        }
+        Ok(())
     }
 
     /// Zeroes whole pages by giving them back to the kernel, so that a page that was never written
@@ -422,6 +458,16 @@ mod tests {
         ram.read(0x1ffc, &mut word).unwrap();
         assert_eq!(word, [1, 2, 3, 4]);
         assert_eq!(ram.write(0x1ffd, &word).unwrap_err().errno(), libc::EFAULT);
+        ram.put_pages(0x1000, &[5; 0x1000]).unwrap();
+        assert_eq!(
+            ram.put_pages(0x1000, &[6; 0x2000]).unwrap_err().errno(),
+            libc::EFAULT
+        );
+        ram.read(0x1ffc, &mut word).unwrap();
+        assert_eq!(word, [5; 4]);
+        ram.put_pages(0x1000, &[0; 0x1000]).unwrap();
+        ram.write(0x1ffc, &[1, 2, 3, 4]).unwrap();
+        ram.read(0x1ffc, &mut word).unwrap();
         assert_eq!(ram.checksum().unwrap(), {
             let mut all = vec![0; 0x3000];
             all[0x1ffc..0x2000].copy_from_slice(&word);

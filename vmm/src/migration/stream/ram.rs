@@ -224,7 +224,7 @@ pub(crate) fn load(ram: &GuestRam, payload: &[u8]) -> Result<(u32, Tally), LoadE
                 let Some((data, after)) = rest.split_at_checked(len) else {
                     return Err(short);
                 };
-                ram.write(gpa, data)?;
+                ram.put_pages(gpa, data)?;
                 rest = after;
             }
             _ => return Err(LoadError::Malformed("a record has an unknown content")),
