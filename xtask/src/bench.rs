@@ -4,6 +4,7 @@ mod boot;
 mod compare;
 mod downtime;
 mod gate;
+mod gic;
 pub(crate) mod its;
 mod plot;
 mod prediction;
@@ -31,6 +32,8 @@ enum What {
     Prediction(prediction::Arguments),
     /// Whether the gate that counts instructions flakes or misses, in the arm64 testbed.
     Gate(gate::Arguments),
+    /// The state of the GIC by the number of vCPUs, in instructions, in the arm64 testbed.
+    Gic(gic::Arguments),
     /// ITS and GIC: save, pending tables and restore, in instructions, in the arm64 testbed.
     Its(its::Arguments),
 }
@@ -43,6 +46,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
         What::Throughput(arguments) => throughput::run(arguments),
         What::Prediction(arguments) => prediction::run(arguments),
         What::Gate(arguments) => gate::run(arguments),
+        What::Gic(arguments) => gic::run(arguments),
         What::Its(arguments) => its::run(arguments),
     }
 }

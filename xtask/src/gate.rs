@@ -121,6 +121,7 @@ pub(crate) fn measure(counter: &Counter, slower: Option<u32>) -> Result<Counts> 
         stops: 9,
         restores: 3,
         cpus: 1,
+        rehearse: false,
         slower,
         timeout: Duration::from_secs(900),
     };

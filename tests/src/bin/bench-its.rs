@@ -49,6 +49,10 @@ struct Arguments {
     /// vCPUs.
     #[arg(long, default_value_t = 1)]
     cpus: u32,
+    /// Have each machine save and load its own devices before a guest is restored into it, as the
+    /// destination of a migration does.
+    #[arg(long)]
+    rehearse: bool,
     /// Guest RAM, MiB.
     #[arg(long, default_value_t = 32)]
     memory: u64,
@@ -355,6 +359,12 @@ impl Loads {
             for gpa in (start..start + size).step_by(page.len()) {
                 ram.read(gpa, &mut page)?;
                 destination.machine.ram().write(gpa, &page)?;
+            }
+        }
+        if arguments.rehearse {
+            for device in destination.machine.devices_mut() {
+                let state = device.save()?;
+                device.load(device.version(), &state)?;
             }
         }
         let devices = source.machine.devices_mut();

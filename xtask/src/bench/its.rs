@@ -143,6 +143,7 @@ fn measure(arguments: &Arguments) -> Result<Vec<Point>> {
         stops: arguments.stops,
         restores: arguments.restores,
         cpus: arguments.cpus,
+        rehearse: false,
         slower: None,
         timeout: Duration::from_secs(arguments.timeout),
     };
@@ -162,6 +163,8 @@ pub(crate) struct Plan<'a> {
     pub(crate) restores: u32,
     /// vCPUs of the guest.
     pub(crate) cpus: u32,
+    /// Whether machines rehearse before a guest is restored into them.
+    pub(crate) rehearse: bool,
     /// By how many instructions to slow the ITS's handler down.
     pub(crate) slower: Option<u32>,
     /// When to give up.
@@ -190,6 +193,7 @@ impl Plan<'_> {
                 .filter_map(|(key, n)| Some([key.to_owned(), n?.to_string()]))
                 .flatten(),
         );
+        program.extend(self.rehearse.then(|| "--rehearse".to_owned()));
         let sizes = self.sizes.iter();
         program.extend(sizes.map(|(devices, events)| format!("{devices}x{events}")));
         let program: Vec<_> = program.iter().map(String::as_str).collect();

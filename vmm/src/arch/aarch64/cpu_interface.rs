@@ -64,25 +64,44 @@ impl Interface {
         })
     }
 
-    /// Writes them. `ICC_CTLR` comes early: KVM refuses there what this host can't do.
-    pub(super) fn load(&self, gic: &Device, affinity: u64) -> Result<(), kvm::Error> {
-        let set = |encoding, value: u64| {
-            gic.set(KVM_DEV_ARM_VGIC_GRP_CPU_SYSREGS, affinity | encoding, value)
-        };
-        set(icc::SRE, self.sre)?;
-        set(icc::CTLR, self.ctlr)?;
-        set(icc::IGRPEN0, self.igrpen0)?;
-        set(icc::IGRPEN1, self.igrpen1)?;
-        set(icc::PMR, self.pmr)?;
-        set(icc::BPR0, self.bpr0)?;
-        set(icc::BPR1, self.bpr1)?;
-        for (n, &value) in (0..).zip(&self.ap0r) {
-            set(icc::ap0r(n), value)?;
-        }
-        for (n, &value) in (0..).zip(&self.ap1r) {
-            set(icc::ap1r(n), value)?;
+    /// Writes them, but those that hold what is `known` to be there already.
+    pub(super) fn load(
+        &self,
+        gic: &Device,
+        affinity: u64,
+        known: Option<&Interface>,
+    ) -> Result<(), kvm::Error> {
+        for (encoding, value) in self.registers() {
+            let mut known = known.into_iter().flat_map(Interface::registers);
+            if !known.any(|register| register == (encoding, value)) {
+                gic.set(KVM_DEV_ARM_VGIC_GRP_CPU_SYSREGS, affinity | encoding, value)?;
+            }
         }
         Ok(())
+    }
+
+    /// Encodings and values in the order in which they are loaded. `ICC_CTLR` comes early: KVM refuses
+    /// there what this host can't do.
+    fn registers(&self) -> impl Iterator<Item = (u64, u64)> {
+        let active = |encoding: fn(u64) -> u64, values| {
+            (0..)
+                .zip(values)
+                .map(move |(n, &value)| (encoding(n), value))
+        };
+        let fixed = [
+            (icc::SRE, self.sre),
+            (icc::CTLR, self.ctlr),
+            (icc::IGRPEN0, self.igrpen0),
+            (icc::IGRPEN1, self.igrpen1),
+            (icc::PMR, self.pmr),
+            (icc::BPR0, self.bpr0),
+            (icc::BPR1, self.bpr1),
+        ];
+        let ap0r = active(icc::ap0r, &self.ap0r);
+        fixed
+            .into_iter()
+            .chain(ap0r)
+            .chain(active(icc::ap1r, &self.ap1r))
     }
 
     /// Whether an interface that came from outside has the registers that its own `ICC_CTLR` says.

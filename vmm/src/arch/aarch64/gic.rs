@@ -5,6 +5,7 @@
 
 use std::ffi::CStr;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use kvm_bindings::{
     KVM_DEV_ARM_VGIC_CTRL_INIT, KVM_DEV_ARM_VGIC_GRP_ADDR, KVM_DEV_ARM_VGIC_GRP_CTRL,
@@ -24,6 +25,8 @@ pub(super) struct Gic {
     device: Arc<Device>,
     /// Each vCPU's, as the upper half of a device attribute.
     affinities: Vec<u64>,
+    /// See [`GicState::new`].
+    touched: Arc<AtomicBool>,
 }
 
 impl Gic {
@@ -40,6 +43,7 @@ impl Gic {
         Ok(Gic {
             device: Arc::new(device),
             affinities: Vec::new(),
+            touched: Arc::default(),
         })
     }
 
@@ -58,6 +62,7 @@ impl Gic {
 
     /// Makes room for a state: see [`GicState::clear`].
     pub(super) fn reset(&self) -> Result<(), kvm::Error> {
+        self.touched.store(true, Ordering::Release);
         self.state().clear()
     }
 
@@ -65,18 +70,21 @@ impl Gic {
     pub(super) fn handler(&self) -> Handler {
         Handler {
             device: Arc::clone(&self.device),
+            touched: Arc::clone(&self.touched),
         }
     }
 
     /// The part that migrates.
     pub(super) fn state(&self) -> GicState {
-        GicState::new(Arc::clone(&self.device), self.affinities.clone())
+        let touched = Arc::clone(&self.touched);
+        GicState::new(Arc::clone(&self.device), self.affinities.clone(), touched)
     }
 }
 
 /// Saves the pending tables when the VM stops.
 pub(super) struct Handler {
     device: Arc<Device>,
+    touched: Arc<AtomicBool>,
 }
 
 impl StateHandler for Handler {
@@ -97,6 +105,7 @@ impl StateHandler for Handler {
     /// controller kept what it wrote out, and a destination has loaded it as a device's state.
     fn change(&mut self, running: bool, _: RunState) -> Result<(), CallbackError> {
         if running {
+            self.touched.store(true, Ordering::Release);
             return Ok(());
         }
         let save = u64::from(KVM_DEV_ARM_VGIC_SAVE_PENDING_TABLES);

@@ -4,10 +4,14 @@
 //! Each access locks every vCPU, so a register costs a stop more the more vCPUs there are: none is
 //! read that KVM keeps nothing behind (`GICD_STATUSR`, `GICR_STATUSR`, `GICR_WAKER`, `IGRPMODR`,
 //! `NSACR`, the configuration of SGIs, the upper halves of `GICD_IROUTER`, which are all constant in
-//! `arch/arm64/kvm/vgic/vgic-mmio-v3.c` of Linux 6.12), and none twice.
+//! `arch/arm64/kvm/vgic/vgic-mmio-v3.c` of Linux 6.12), and none twice. A destination, whose guest has
+//! never run, knows what its registers hold from the rehearsal of its devices, and writes only those
+//! that are to hold something else.
 
 use std::ffi::CStr;
+use std::iter;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
 
 use kvm_bindings::{
     KVM_DEV_ARM_VGIC_GRP_DIST_REGS, KVM_DEV_ARM_VGIC_GRP_LEVEL_INFO,
@@ -67,6 +71,10 @@ fn pack_affinity(mpidr: u64) -> u64 {
 pub(super) struct GicState {
     device: Arc<Device>,
     affinities: Vec<u64>,
+    /// Whether a guest has run, or the registers were changed in another way than by this.
+    touched: Arc<AtomicBool>,
+    /// What the registers hold, as long as they are not touched: what was saved or loaded last.
+    known: Option<State>,
 }
 
 #[derive(Debug, Serialize, Deserialize)]
@@ -109,13 +117,16 @@ impl DeviceState for GicState {
     fn save(&mut self) -> Result<Vec<u8>, StateError> {
         let affinities = self.affinities.iter();
         let redistributors = affinities.map(|&affinity| self.save_redistributor(affinity));
-        encode(&State {
+        let state = State {
             irqs: IRQS,
             iidr: self.get(distributor(gicd::IIDR))?,
             ctlr: self.get(distributor(gicd::CTLR))?,
             redistributors: redistributors.collect::<Result<_, _>>()?,
             shared: self.get_all(shared())?,
-        })
+        };
+        let encoded = encode(&state);
+        self.know(state);
+        encoded
     }
 
     /// RAM and the vCPUs are loaded. First who the distributor is, then the redistributors, whose
@@ -124,28 +135,53 @@ impl DeviceState for GicState {
     fn load(&mut self, version: u32, state: &[u8]) -> Result<(), StateError> {
         let state: State = decode(self.version(), version, state)?;
         check(&state, self.affinities.len())?;
+        let untouched = !self.touched.load(Ordering::Acquire);
+        // Whatever fails, nothing is known then.
+        let known = self.known.take().filter(|_| untouched);
+        let known_redistributors = known.iter().flat_map(|known| &known.redistributors);
+        let known_redistributors = known_redistributors.map(Some).chain(iter::repeat(None));
+        let redistributors = self.affinities.iter().zip(&state.redistributors);
+        let redistributors = redistributors.zip(known_redistributors);
+
         self.set(distributor(gicd::IIDR), state.iidr)?;
         self.set(distributor(gicd::CTLR), state.ctlr)?;
-        for (&affinity, redistributor) in self.affinities.iter().zip(&state.redistributors) {
-            self.load_tables(affinity, redistributor)?;
+        for ((&affinity, redistributor), known) in redistributors.clone() {
+            self.load_tables(affinity, redistributor, known)?;
         }
-        for (&affinity, redistributor) in self.affinities.iter().zip(&state.redistributors) {
-            // SGIs are on after a reset: only this turns off those that the guest turned off.
-            self.set(in_redistributor(affinity, SGI + gicd::ICENABLER), u32::MAX)?;
-            self.set_all(private(affinity), &redistributor.private)?;
+        for ((&affinity, redistributor), known) in redistributors.clone() {
+            let (private, known) = (&redistributor.private, known.map(|known| &known.private));
+            self.load_private(affinity, private, known)?;
         }
-        self.set_all(shared(), &state.shared)?;
-        for (&affinity, redistributor) in self.affinities.iter().zip(&state.redistributors) {
-            redistributor.interface.load(&self.device, affinity)?;
+        let known_shared = known.as_ref().map(|known| &known.shared);
+        self.set_all(shared(), &state.shared, known_shared)?;
+        for ((&affinity, redistributor), known) in redistributors {
+            let known = known.map(|known| &known.interface);
+            redistributor
+                .interface
+                .load(&self.device, affinity, known)?;
         }
+        self.know(state);
         Ok(())
     }
 }
 
 impl GicState {
     /// The state of an initialised GIC.
-    pub(super) fn new(device: Arc<Device>, affinities: Vec<u64>) -> Self {
-        GicState { device, affinities }
+    ///
+    /// Whoever changes a register, and whoever lets the guest run, sets `touched`.
+    pub(super) fn new(device: Arc<Device>, affinities: Vec<u64>, touched: Arc<AtomicBool>) -> Self {
+        GicState {
+            device,
+            affinities,
+            touched,
+            known: None,
+        }
+    }
+
+    /// The registers hold `state`.
+    fn know(&mut self, state: State) {
+        let untouched = !self.touched.load(Ordering::Acquire);
+        self.known = untouched.then_some(state);
     }
 
     /// Turns everything off. A state is loaded by registers of which some only add to what there is,
@@ -181,7 +217,15 @@ impl GicState {
 
     /// Where a redistributor's LPI tables are, then `GICR_CTLR`: with it the redistributor reads
     /// which LPIs are pending. Those that the ITS maps only later are read when it maps them.
-    fn load_tables(&self, affinity: u64, state: &Redistributor) -> Result<(), kvm::Error> {
+    fn load_tables(
+        &self,
+        affinity: u64,
+        state: &Redistributor,
+        known: Option<&Redistributor>,
+    ) -> Result<(), kvm::Error> {
+        if known.is_some_and(|known| known.has_tables_of(state)) {
+            return Ok(());
+        }
         let at = |offset| in_redistributor(affinity, offset);
         for (offset, half) in gicr::PROPBASER.into_iter().zip(state.propbaser) {
             self.set(at(offset), half)?;
@@ -196,6 +240,23 @@ impl GicState {
         probes::gic_restore_pending_tables().run(|_| enable())
     }
 
+    fn load_private(
+        &self,
+        affinity: u64,
+        values: &[u32],
+        known: Option<&Vec<u32>>,
+    ) -> Result<(), kvm::Error> {
+        let enabler = in_redistributor(affinity, SGI + gicd::ISENABLER);
+        let place = private(affinity).position(|access| access == enabler);
+        let enabled = place.and_then(|place| values.get(place));
+        let known_enabled = place.and_then(|place| known?.get(place));
+        if known_enabled.is_none() || enabled != known_enabled {
+            // SGIs are on after a reset: only this turns off those that the guest turned off.
+            self.set(in_redistributor(affinity, SGI + gicd::ICENABLER), u32::MAX)?;
+        }
+        self.set_all(private(affinity), values, known)
+    }
+
     fn get(&self, access: Access) -> Result<u32, kvm::Error> {
         self.device.get(access.group, access.attr)
     }
@@ -208,13 +269,27 @@ impl GicState {
         accesses.map(|access| self.get(access)).collect()
     }
 
+    /// Sets every register whose value is not known to be there.
     fn set_all(
         &self,
         accesses: impl Iterator<Item = Access>,
         values: &[u32],
+        known: Option<&Vec<u32>>,
     ) -> Result<(), kvm::Error> {
-        let mut pairs = accesses.zip(values);
-        pairs.try_for_each(|(access, &value)| self.set(access, value))
+        for (place, (access, &value)) in accesses.zip(values).enumerate() {
+            if known.and_then(|known| known.get(place)) != Some(&value) {
+                self.set(access, value)?;
+            }
+        }
+        Ok(())
+    }
+}
+
+impl Redistributor {
+    /// Whether its LPI tables are where those of `other` are, and off: turning them on reads them.
+    fn has_tables_of(&self, other: &Redistributor) -> bool {
+        let tables = |r: &Redistributor| (r.propbaser, r.pendbaser, r.ctlr);
+        tables(self) == tables(other) && other.ctlr & ENABLE_LPIS == 0
     }
 }
 
