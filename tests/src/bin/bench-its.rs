@@ -259,7 +259,8 @@ struct Stops {
 impl Stops {
     /// Stops the machine as a migration would, then makes the handlers' ioctls again, alone.
     fn stop(&mut self, machine: &mut Machine) -> Result<()> {
-        machine.ram().take_dirty(machine.vm())?;
+        let dirty = machine.ram().dirty(machine.vm())?;
+        machine.ram().protect(machine.vm(), &dirty)?;
         let log = SpanLog::open();
         vm_stop(machine, RunState::Paused, false)?;
         let spans = log.finish();

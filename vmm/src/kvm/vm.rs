@@ -1,14 +1,31 @@
 //! `/dev/kvm` and the VM's file descriptor.
 
+use std::ffi::c_void;
+
 use kvm_bindings::{
-    KVM_CREATE_DEVICE_TEST, KVM_MEM_LOG_DIRTY_PAGES, kvm_create_device, kvm_userspace_memory_region,
+    KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_CREATE_DEVICE_TEST, KVM_DIRTY_LOG_INITIALLY_SET,
+    KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE, KVM_MEM_LOG_DIRTY_PAGES, KVMIO, kvm_clear_dirty_log,
+    kvm_clear_dirty_log__bindgen_ty_1, kvm_create_device, kvm_enable_cap,
+    kvm_userspace_memory_region,
 };
 use kvm_ioctls::{Cap, Kvm, VmFd};
+use vmm_sys_util::errno;
+use vmm_sys_util::ioctl::ioctl_with_ref;
+use vmm_sys_util::ioctl_iowr_nr;
 
 use super::{Device, Error, Result, Vcpu};
 
 /// A capability, as `KVM_CHECK_EXTENSION` knows it.
 pub use kvm_ioctls::Cap as Capability;
+
+// Documentation/virt/kvm/api.rst, 4.117. kvm-ioctls does not have it.
+ioctl_iowr_nr!(KVM_CLEAR_DIRTY_LOG, KVMIO, 0xc0, kvm_clear_dirty_log);
+
+/// Bytes of the pages that a dirty log has bits for, on both architectures.
+const LOGGED_PAGE: u64 = 4096;
+
+/// What a dirty log is to be: protected by hand, and at first with every page set.
+const BY_HAND: u32 = KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET;
 
 /// One memory slot: guest-physical memory backed by a mapping of this process.
 #[derive(Clone, Copy, Debug)]
@@ -28,6 +45,7 @@ pub struct Slot {
 pub struct Vm {
     pub(super) kvm: Kvm,
     pub(super) fd: VmFd,
+    by_hand: bool,
 }
 
 impl Vm {
@@ -40,7 +58,14 @@ impl Vm {
         let fd = kvm
             .create_vm()
             .map_err(|e| Error::new("KVM_CREATE_VM", "", e))?;
-        Ok(Vm { kvm, fd })
+        let by_hand = protect_by_hand(&fd)?;
+        Ok(Vm { kvm, fd, by_hand })
+    }
+
+    /// Whether `KVM_GET_DIRTY_LOG` protects nothing, and [`Vm::clear_dirty_log`] is there for that. The
+    /// log of a slot then starts with every page set.
+    pub fn protects_by_hand(&self) -> bool {
+        self.by_hand
     }
 
     /// `KVM_CHECK_EXTENSION`: 0 when the kernel does not have `cap`, else a number that the
@@ -72,13 +97,40 @@ impl Vm {
             .map_err(|e| Error::new("KVM_SET_USER_MEMORY_REGION", format!("slot {}", slot.id), e))
     }
 
-    /// `KVM_GET_DIRTY_LOG`: one bit a page of `slot`, set when the page was written since the last
-    /// call; the kernel's log is clear afterwards.
+    /// `KVM_GET_DIRTY_LOG`: one bit a page of `slot`, set when the page was written since its log was
+    /// cleared last. This clears it, unless the VM [protects by hand](Vm::protects_by_hand).
     pub fn dirty_log(&self, slot: &Slot) -> Result<Vec<u64>> {
         let size = usize::try_from(slot.size).unwrap_or(usize::MAX);
         self.fd
             .get_dirty_log(slot.id, size)
             .map_err(|e| Error::new("KVM_GET_DIRTY_LOG", format!("slot {}", slot.id), e))
+    }
+
+    /// `KVM_CLEAR_DIRTY_LOG`: clears the log of the pages of `slot` whose bit is set in `bitmap`, the
+    /// first of which is `first_page`, and protects them. `first_page` is a multiple of 64.
+    pub fn clear_dirty_log(&self, slot: &Slot, first_page: u64, bitmap: &[u64]) -> Result<()> {
+        let left = (slot.size / LOGGED_PAGE).saturating_sub(first_page);
+        let pages = left.min(bitmap.len() as u64 * 64);
+        let request = kvm_clear_dirty_log {
+            slot: slot.id,
+            num_pages: u32::try_from(pages).unwrap_or(u32::MAX),
+            first_page,
+            __bindgen_anon_1: kvm_clear_dirty_log__bindgen_ty_1 {
+                dirty_bitmap: bitmap.as_ptr().cast_mut().cast::<c_void>(),
+            },
+        };
+        // SAFETY: the kernel reads `pages` bits, rounded up to whole words, which `bitmap` has.
+        match unsafe { ioctl_with_ref(&self.fd, KVM_CLEAR_DIRTY_LOG(), &request) } {
+            0 => Ok(()),
+            _ => {
+                let context = format!("slot {}, page {first_page}", slot.id);
+                Err(Error::new(
+                    "KVM_CLEAR_DIRTY_LOG",
+                    context,
+                    errno::Error::last(),
+                ))
+            }
+        }
     }
 
     /// `KVM_CREATE_VCPU`. On x86-64 the in-kernel interrupt controller must exist already.
@@ -118,4 +170,21 @@ impl Vm {
             .map_err(|e| Error::new("KVM_CREATE_DEVICE", name, e))?;
         Ok(Device::new(fd, name))
     }
+}
+
+/// Asks for dirty logs that are protected by hand. Whether the kernel has them.
+fn protect_by_hand(fd: &VmFd) -> Result<bool> {
+    let capability = KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2;
+    let supported = fd.check_extension_raw(capability.into());
+    if supported & BY_HAND as i32 != BY_HAND as i32 {
+        return Ok(false);
+    }
+    let mut request = kvm_enable_cap {
+        cap: capability,
+        ..Default::default()
+    };
+    request.args[0] = BY_HAND.into();
+    fd.enable_cap(&request)
+        .map_err(|e| Error::new("KVM_ENABLE_CAP", "KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2", e))?;
+    Ok(true)
 }

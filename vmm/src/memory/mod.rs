@@ -5,10 +5,10 @@
 //! here hands out a reference into it: bytes are copied in and out, or moved by the kernel between
 //! RAM and a file (`transfer.rs`, `ring.rs`).
 //!
-//! Two logs say which pages were written: KVM's, of what the guest writes, and the map's own, of
-//! what devices write. [`GuestRam::take_dirty`] reads both.
+//! Which pages were written is `dirty.rs`'s business.
 #![allow(unsafe_code)]
 
+mod dirty;
 pub mod handover;
 pub mod ring;
 #[cfg(test)]
@@ -187,34 +187,6 @@ impl GuestRam {
     /// Gives every region its slot in `vm`, with the dirty log off.
     pub fn register(&self, vm: &Vm) -> Result<(), Error> {
         self.set_dirty_log(vm, false)
-    }
-
-    /// Switches the dirty log of every slot. Switched on, it starts empty. What devices write is
-    /// logged at all times: that costs them less than to ask.
-    pub fn set_dirty_log(&self, vm: &Vm, on: bool) -> Result<(), Error> {
-        for slot in self.slots.iter() {
-            // SAFETY: the mapping of `slot` is `self.mem`'s, which machine.rs keeps alive as long
-            // as the VM; it is only ever reached through vm-memory's volatile accesses.
-            unsafe { vm.set_memory_slot(slot, on) }?;
-        }
-        for region in self.mem.iter().filter(|_| on) {
-            region.get_mmap().bitmap().reset();
-        }
-        Ok(())
-    }
-
-    /// The pages written since the last call, in address order; the log is clear afterwards.
-    pub fn take_dirty(&self, vm: &Vm) -> Result<Vec<PageRun>, Error> {
-        let mut runs = Vec::new();
-        for (slot, region) in self.slots.iter().zip(self.mem.iter()) {
-            let mut pages = vm.dirty_log(slot)?;
-            let by_devices = region.get_mmap().bitmap().get_and_reset();
-            for (all, word) in pages.iter_mut().zip(by_devices) {
-                *all |= word;
-            }
-            push_runs(&mut runs, slot.gpa, slot.size / PAGE_SIZE, &pages);
-        }
-        Ok(runs)
     }
 
     /// Every page, in two lists: those that have memory behind them, and those that were never
@@ -397,26 +369,4 @@ fn extents(
         offset = hole;
     }
     Ok(())
-}
-
-/// Appends the runs of set bits of one slot's bitmap; bits past `pages` are ignored.
-fn push_runs(runs: &mut Vec<PageRun>, base: u64, pages: u64, bitmap: &[u64]) {
-    let first = runs.len();
-    for (index, &word) in (0u64..).zip(bitmap) {
-        let mut rest = word;
-        while rest != 0 {
-            let bit = u64::from(rest.trailing_zeros());
-            let length = u64::from((rest >> bit).trailing_ones());
-            rest &= u64::MAX.checked_shl((bit + length) as u32).unwrap_or(0);
-            let page = index * 64 + bit;
-            if page >= pages {
-                return;
-            }
-            let (gpa, length) = (base + page * PAGE_SIZE, length.min(pages - page));
-            match runs[first..].last_mut() {
-                Some(last) if last.gpa + last.pages * PAGE_SIZE == gpa => last.pages += length,
-                _ => runs.push(PageRun { gpa, pages: length }),
-            }
-        }
-    }
 }

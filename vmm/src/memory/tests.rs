@@ -2,32 +2,6 @@
 
 use super::*;
 
-fn runs(pages: u64, bitmap: &[u64]) -> Vec<(u64, u64)> {
-    let mut runs = Vec::new();
-    push_runs(&mut runs, 0, pages, bitmap);
-    runs.iter()
-        .map(|run| (run.gpa / PAGE_SIZE, run.pages))
-        .collect()
-}
-
-#[test]
-fn set_bits_become_runs_of_pages() {
-    assert_eq!(runs(128, &[0, 0]), []);
-    assert_eq!(runs(128, &[0b1011, 0]), [(0, 2), (3, 1)]);
-    assert_eq!(runs(128, &[1 << 63, 0b11]), [(63, 3)]);
-    assert_eq!(runs(128, &[u64::MAX, u64::MAX]), [(0, 128)]);
-    assert_eq!(runs(65, &[1 << 63, u64::MAX]), [(63, 2)]);
-    assert_eq!(runs(64, &[0, 1]), []);
-}
-
-#[test]
-fn neighbouring_slots_stay_apart() {
-    let mut all = Vec::new();
-    push_runs(&mut all, 0, 1, &[1]);
-    push_runs(&mut all, PAGE_SIZE, 1, &[1]);
-    assert_eq!(all.len(), 2);
-}
-
 #[test]
 fn ram_is_zeroed_and_bounded() {
     let ram = GuestRam::new(&[(0, 0x2000), (0x10_0000, 0x1000)]).unwrap();

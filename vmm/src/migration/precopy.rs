@@ -1,6 +1,8 @@
 //! `[2]` The migration's thread, once there is a connection: RAM in rounds while the guest runs, then
 //! the stop and the switchover.
 
+use std::collections::VecDeque;
+
 use super::board::Board;
 use super::converge::{Convergence, Decision};
 use super::link::{Link, SendError};
@@ -16,6 +18,8 @@ use crate::probes::{self, Guarded};
 use crate::spanlog::monotonic_ns;
 
 const NS_PER_MS: u64 = 1_000_000;
+/// Pages that are protected at once, and then sent: 64 MiB.
+const CHUNK: u64 = 16 << 10;
 
 /// `[2]` Everything after the connection, from the first page to the destination's word that it runs
 /// the guest.
@@ -93,12 +97,18 @@ fn ram_rounds(
     board.set_status(MigrationStatus::Active);
     let mut convergence = Convergence::new(ram.size(), fixed.total_ns());
     // What the guest writes from here on, also to a page that was untouched, is in the dirty log.
+    vm.protect(&ram.written_and_untouched()?.1)?;
+    // A page that was written before it was protected is no longer untouched.
     let (mut runs, mut untouched) = ram.written_and_untouched()?;
     let mut round = 1;
     loop {
         let began = monotonic_ns();
         let sent = probes::ram_round(round.into()).run(|span| {
-            let sent = link.send_pages(&ram, round, &untouched, &runs, Pace::Limited, board)?;
+            let mut sent = link.send_pages(&ram, round, &untouched, &[], Pace::Limited, board)?;
+            for chunk in chunks(&runs) {
+                vm.protect(&chunk)?;
+                sent.add(link.send_pages(&ram, round, &[], &chunk, Pace::Limited, board)?);
+            }
             link.finish_round(round, sent)?;
             (span.pages, span.bytes) = (sent.pages, sent.bytes);
             Ok::<_, SendError>(sent)
@@ -108,7 +118,7 @@ fn ram_rounds(
 
         untouched.clear();
         let sync_began = monotonic_ns();
-        runs = vm.take_dirty()?;
+        runs = vm.dirty()?;
         convergence.synced(monotonic_ns().saturating_sub(sync_began));
         let remaining = bytes(&runs);
         let limit_ms = board.settings().parameter(Parameter::DowntimeLimit);
@@ -157,6 +167,29 @@ fn ram_rounds(
     }
 }
 
+/// The same pages in lists of [`CHUNK`] pages at most.
+fn chunks(runs: &[PageRun]) -> impl Iterator<Item = Vec<PageRun>> {
+    let mut rest: VecDeque<_> = runs.iter().copied().collect();
+    std::iter::from_fn(move || {
+        let (mut chunk, mut room) = (Vec::new(), CHUNK);
+        while let Some(run) = rest.pop_front() {
+            let pages = run.pages.min(room);
+            chunk.push(PageRun { pages, ..run });
+            room -= pages;
+            if pages < run.pages {
+                rest.push_front(PageRun {
+                    gpa: run.gpa + pages * PAGE_SIZE,
+                    pages: run.pages - pages,
+                });
+            }
+            if room == 0 {
+                break;
+            }
+        }
+        (!chunk.is_empty()).then_some(chunk)
+    })
+}
+
 /// Bytes of all `runs`.
 pub(super) fn bytes(runs: &[PageRun]) -> u64 {
     runs.iter().map(|run| run.pages * PAGE_SIZE).sum()
@@ -165,4 +198,25 @@ pub(super) fn bytes(runs: &[PageRun]) -> u64 {
 fn per_second(count: u64, took_ns: u64) -> u64 {
     let rate = u128::from(count) * 1_000_000_000 / u128::from(took_ns.max(1));
     u64::try_from(rate).unwrap_or(u64::MAX)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn runs_are_cut_into_chunks_in_their_order() {
+        let run = |page, pages| PageRun {
+            gpa: page * PAGE_SIZE,
+            pages,
+        };
+        assert_eq!(chunks(&[]).count(), 0);
+        let runs = [run(0, 1), run(9, 2 * CHUNK), run(3 * CHUNK, 7)];
+        let expected = [
+            vec![run(0, 1), run(9, CHUNK - 1)],
+            vec![run(8 + CHUNK, CHUNK)],
+            vec![run(8 + 2 * CHUNK, 1), run(3 * CHUNK, 7)],
+        ];
+        assert_eq!(chunks(&runs).collect::<Vec<_>>(), expected);
+    }
 }

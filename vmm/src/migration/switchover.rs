@@ -76,7 +76,7 @@ fn ram_final(
     probes::ram_final().run(|span| {
         let ram = vm.ram();
         let dirty = match link.shares_ram() {
-            false => vm.take_dirty()?,
+            false => vm.dirty()?,
             true => Vec::new(),
         };
         let runs = merge(rest.runs, dirty);

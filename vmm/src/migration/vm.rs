@@ -51,8 +51,10 @@ pub(super) trait SourceVm: MigrationVm {
     fn is_running(&self) -> bool;
     /// Switches the dirty log.
     fn set_dirty_log(&self, on: bool) -> Result<(), memory::Error>;
-    /// The pages written since the last call.
-    fn take_dirty(&self) -> Result<Vec<PageRun>, memory::Error>;
+    /// The pages written since they were protected last; see [`GuestRam::dirty`].
+    fn dirty(&self) -> Result<Vec<PageRun>, memory::Error>;
+    /// These pages, in address order, are about to be read and sent.
+    fn protect(&self, runs: &[PageRun]) -> Result<(), memory::Error>;
     /// `[3]` Stops the guest for the switchover; see [`stop::migration_stop_vm`].
     fn migration_stop_vm(&self, stop: &mut stop::Stop) -> Result<(), control::Error>;
     /// Saves the device with this place in machine order.
@@ -129,9 +131,14 @@ impl SourceVm for SharedMachine {
         machine.ram().set_dirty_log(machine.vm(), on)
     }
 
-    fn take_dirty(&self) -> Result<Vec<PageRun>, memory::Error> {
+    fn dirty(&self) -> Result<Vec<PageRun>, memory::Error> {
         let machine = lock(self);
-        machine.ram().take_dirty(machine.vm())
+        machine.ram().dirty(machine.vm())
+    }
+
+    fn protect(&self, runs: &[PageRun]) -> Result<(), memory::Error> {
+        let machine = lock(self);
+        machine.ram().protect(machine.vm(), runs)
     }
 
     fn migration_stop_vm(&self, stop: &mut stop::Stop) -> Result<(), control::Error> {

@@ -26,6 +26,8 @@ const INDEX: u64 = 0;
 
 /// `GITS_BASER<n>.Type` of the device table.
 const DEVICES: u64 = 1;
+/// `GITS_BASER<n>.Valid`: the table is there.
+const BASER_VALID: u64 = 1 << 63;
 
 /// Offsets of the registers (GIC architecture, IHI 0069, chapter 12.18).
 mod gits {
@@ -225,9 +227,12 @@ impl DeviceState for ItsState {
             self.set(offset, baser)?;
         }
         self.note_device_table(&state.basers);
-        let restore = u64::from(KVM_DEV_ARM_ITS_RESTORE_TABLES);
-        probes::its_restore_tables(INDEX)
-            .run(|_| self.device.command(KVM_DEV_ARM_VGIC_GRP_CTRL, restore))?;
+        // A guest that has no driver for its ITS has no tables.
+        if state.basers.iter().any(|baser| baser & BASER_VALID != 0) {
+            let restore = u64::from(KVM_DEV_ARM_ITS_RESTORE_TABLES);
+            probes::its_restore_tables(INDEX)
+                .run(|_| self.device.command(KVM_DEV_ARM_VGIC_GRP_CTRL, restore))?;
+        }
         Ok(self.set(gits::CTLR, state.ctlr)?)
     }
 }

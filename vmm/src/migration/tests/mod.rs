@@ -179,7 +179,11 @@ impl SourceVm for Fake {
         Ok(())
     }
 
-    fn take_dirty(&self) -> Result<Vec<PageRun>, memory::Error> {
+    fn protect(&self, _: &[PageRun]) -> Result<(), memory::Error> {
+        Ok(())
+    }
+
+    fn dirty(&self) -> Result<Vec<PageRun>, memory::Error> {
         let mut state = self.lock();
         assert!(state.dirty_log, "the dirty log is off");
         state.reads += 1;
