@@ -58,10 +58,10 @@ pub(super) fn breakdown(out: &mut dyn Write, migration: &Migration) -> io::Resul
         };
         writeln!(
             out,
-            "<tr class=\"{class}\"><td style=\"padding-left:{}em\">{} <span class=\"quiet\">{}</span>\
+            "<tr class=\"{class}\"><td style=\"padding-left:{:.1}em\">{} <span class=\"quiet\">{}</span>\
              </td><td>{}</td><td>{}</td><td class=\"wide\"><div class=\"place\">\
              <i style=\"left:{:.3}%;width:{:.3}%\"></i></div></td></tr>",
-            span.depth.min(12) as f64 * 0.7,
+            indent(span.depth),
             text(label),
             text(&rest),
             time(span.duration_ns),
@@ -120,8 +120,8 @@ pub(super) fn distribution(out: &mut dyn Write, samples: &Samples) -> io::Result
     writeln!(
         out,
         "<section><h2>Over {} migrations</h2><table><thead><tr><th>Span</th>\
-         <th class=\"wide\">min … max, logarithmic</th><th>median</th><th>p90</th><th>p99</th>\
-         <th>max</th></tr></thead><tbody>",
+         <th class=\"wide\">min … max, logarithmic</th><th>median</th>\
+         <th class=\"more\">p90</th><th>p99</th><th class=\"more\">max</th></tr></thead><tbody>",
         samples.migrations
     )?;
     let mut side = None;
@@ -146,7 +146,8 @@ pub(super) fn distribution(out: &mut dyn Write, samples: &Samples) -> io::Result
             [figures.median, figures.p90, figures.p99, figures.max].map(ns);
         writeln!(
             out,
-            "</td><td>{median}</td><td>{p90}</td><td>{p99}</td><td>{max}</td></tr>"
+            "</td><td>{median}</td><td class=\"more\">{p90}</td><td>{p99}</td>\
+             <td class=\"more\">{max}</td></tr>"
         )?;
     }
     writeln!(out, "</tbody></table></section>")
@@ -234,9 +235,16 @@ fn interval(row: &Pair, low: i64, high: i64) -> String {
 }
 
 fn name(out: &mut dyn Write, key: &Key, depth: usize) -> io::Result<()> {
-    let indent = depth.min(12) as f64 * 0.7;
-    let name = text(&key.name);
-    write!(out, "<tr><td style=\"padding-left:{indent}em\">{name}</td>")
+    let (indent, name) = (indent(depth as u64), text(&key.name));
+    write!(
+        out,
+        "<tr><td style=\"padding-left:{indent:.1}em\">{name}</td>"
+    )
+}
+
+/// Where a span's name begins, em: those of depth 0 below their column's title.
+fn indent(depth: u64) -> f64 {
+    0.4 + depth.min(12) as f64 * 0.7
 }
 
 fn ns(ns: i64) -> String {
