@@ -45,6 +45,25 @@ pub struct RunDelay {
     vcpus: Vec<File>,
 }
 
+/// How long they had one.
+#[derive(Debug)]
+pub struct OnCpu {
+    vcpus: RunDelay,
+}
+
+impl OnCpu {
+    /// Of the monitor `pid`.
+    pub fn open(pid: u32) -> Result<Self> {
+        let vcpus = RunDelay::open(pid)?;
+        Ok(OnCpu { vcpus })
+    }
+
+    /// So far, all vCPUs together, ns.
+    pub fn ns(&self) -> Result<u64> {
+        self.vcpus.sum(0)
+    }
+}
+
 impl RunDelay {
     /// Of the monitor `pid`.
     pub fn open(pid: u32) -> Result<Self> {
@@ -57,14 +76,18 @@ impl RunDelay {
 
     /// So far, all vCPUs together, ns.
     pub fn ns(&self) -> Result<u64> {
+        self.sum(1)
+    }
+
+    /// The sum of one of the fields: time on a CPU, time ready to run, number of turns.
+    fn sum(&self, field: usize) -> Result<u64> {
         let mut sum = 0;
         for vcpu in &self.vcpus {
             let mut text = [0; 64];
             let length = vcpu.read_at(&mut text, 0)?;
-            // Time on a CPU, time ready to run, number of turns.
             let text = std::str::from_utf8(&text[..length])?;
-            let delay = text.split_whitespace().nth(1).context("schedstat")?;
-            sum += delay.parse::<u64>()?;
+            let value = text.split_whitespace().nth(field).context("schedstat")?;
+            sum += value.parse::<u64>()?;
         }
         Ok(sum)
     }

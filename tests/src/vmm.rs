@@ -22,6 +22,8 @@ const EMULATED_LIMIT_MS: u64 = 20_000;
 /// How to start a monitor.
 #[derive(Clone, Debug)]
 pub struct VmmOptions {
+    /// The program, if it is not [`programs::vmm`].
+    pub program: Option<PathBuf>,
     /// `--memory`.
     pub memory: String,
     /// `--cpus`.
@@ -40,6 +42,7 @@ pub struct VmmOptions {
 impl Default for VmmOptions {
     fn default() -> Self {
         VmmOptions {
+            program: None,
             memory: "128M".into(),
             cpus: 1,
             cmdline: String::new(),
@@ -163,7 +166,10 @@ impl Vmm {
 
 fn blackout(options: &VmmOptions, dir: &TempDir) -> Result<Command> {
     let file = |name| dir.path().join(name).display().to_string();
-    let mut command = Command::new(programs::vmm()?);
+    let mut command = match &options.program {
+        Some(program) => Command::new(program),
+        None => Command::new(programs::vmm()?),
+    };
     command
         .args(["--memory", &options.memory])
         .args(["--cpus", &options.cpus.to_string()])

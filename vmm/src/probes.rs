@@ -107,10 +107,17 @@ macro_rules! detail {
 /// leave their notes behind, which point nowhere then. So every monitor has every probe of the table.
 macro_rules! site {
     ($name:ident $(, $first:ident $(, $rest:ident)*)?) => {
+        #[cfg(not(feature = "no-probes"))]
         #[inline(never)]
         #[unsafe(link_section = "probes")]
         pub(super) extern "C" fn $name($($first: isize, $($rest: isize),*)?) {
             probe::probe!(vmm, $name $(, $first $(, $rest)*)?);
+        }
+
+        #[cfg(feature = "no-probes")]
+        #[inline(always)]
+        pub(super) extern "C" fn $name($($first: isize, $($rest: isize),*)?) {
+            let _ = ($($first, $($rest),*)?);
         }
 
         const _: () = {

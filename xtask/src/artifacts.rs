@@ -63,6 +63,8 @@ pub(crate) struct Artifacts {
     pub(crate) bench_downtime: PathBuf,
     /// What holds predictions of downtimes against what came, `bench-prediction`.
     pub(crate) bench_prediction: PathBuf,
+    /// What measures the tool's cost, `bench-overhead`.
+    pub(crate) bench_overhead: PathBuf,
     /// What measures how fast migrations are, `bench-throughput`.
     pub(crate) bench_throughput: PathBuf,
 }
@@ -124,6 +126,7 @@ pub(crate) fn build(platform: Platform) -> Result<Artifacts> {
         bench_boot: program("bench-boot")?,
         bench_downtime: program("bench-downtime")?,
         bench_prediction: program("bench-prediction")?,
+        bench_overhead: program("bench-overhead")?,
         bench_throughput: program("bench-throughput")?,
         guest,
     })
@@ -167,6 +170,18 @@ pub(crate) fn build_tests(platform: Platform) -> Result<BTreeMap<String, PathBuf
     let mut cargo = cargo(platform, "test")?;
     cargo.args(["--package", "blackout-tests", "--tests", "--no-run"]);
     executables(&mut cargo, Harness::Libtest)
+}
+
+/// Builds a monitor of this machine's that has no probes, into a folder of its own.
+pub(crate) fn build_without_probes() -> Result<PathBuf> {
+    let mut cargo = cargo(Platform::Host, "build")?;
+    cargo
+        .args(["--package", "blackout-vmm", "--features", "no-probes"])
+        .arg("--target-dir")
+        .arg(paths::target().join("no-probes"));
+    executables(&mut cargo, Harness::None)?
+        .remove("blackout-vmm")
+        .context("cargo built no blackout-vmm")
 }
 
 /// Builds the tool and the monitor, static: the compiler is one for static programs of the platform.

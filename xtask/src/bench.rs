@@ -6,6 +6,7 @@ mod downtime;
 mod gate;
 mod gic;
 pub(crate) mod its;
+mod overhead;
 mod plot;
 mod prediction;
 mod throughput;
@@ -34,6 +35,8 @@ enum What {
     Gate(gate::Arguments),
     /// The state of the GIC by the number of vCPUs, in instructions, in the arm64 testbed.
     Gic(gic::Arguments),
+    /// What the tool costs those whom it records, beside bpftrace, on this machine.
+    Overhead(overhead::Arguments),
     /// ITS and GIC: save, pending tables and restore, in instructions, in the arm64 testbed.
     Its(its::Arguments),
 }
@@ -47,6 +50,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
         What::Prediction(arguments) => prediction::run(arguments),
         What::Gate(arguments) => gate::run(arguments),
         What::Gic(arguments) => gic::run(arguments),
+        What::Overhead(arguments) => overhead::run(arguments),
         What::Its(arguments) => its::run(arguments),
     }
 }

@@ -17,6 +17,9 @@ pub(crate) struct Config {
     pub(crate) dirty: u64,
     /// `idle`: 1 halts vCPU 0 once it is ready; it does no work and answers no command.
     pub(crate) idle: bool,
+    /// `exits`: 1 makes vCPU 0 leave guest code all the time, once for each of its counts, and do
+    /// nothing else.
+    pub(crate) exits: bool,
     /// `cpus`: vCPUs to use; all of the machine's unless given.
     pub(crate) vcpus: usize,
 }
@@ -30,6 +33,7 @@ impl Config {
             its_indirect: false,
             dirty: 0,
             idle: false,
+            exits: false,
             vcpus: boot.vcpus as usize,
         };
         let text = boot
@@ -55,6 +59,7 @@ impl Config {
             "its_indirect" => self.its_indirect = number != 0,
             "dirty" => self.dirty = number.checked_next_multiple_of(4096)?,
             "idle" => self.idle = number != 0,
+            "exits" => self.exits = number != 0,
             "cpus" => self.vcpus = number.try_into().ok()?,
             _ => return None,
         }

@@ -16,6 +16,7 @@
 //! - `Machine::command(&mut self, command, argument) -> [u64; 2]`: the mailbox commands;
 //! - `Machine::events(&self) -> (devices, events)`: what is mapped;
 //! - `turn(vcpu)`: called by each vCPU in each turn of its loop;
+//! - `exit(serial)`: does what the monitor has to be asked about, and has no effect;
 //! - `put(serial, byte)`: writes the transmit register of the serial port;
 //! - `halt() -> !`.
 #![no_std]
@@ -121,6 +122,9 @@ fn set_up(
         config.vcpus, config.dirty
     );
     shared.set_state(state::READY, 0);
+    if config.exits {
+        work::exit(shared);
+    }
     Ok((!config.idle).then_some(machine))
 }
 

@@ -44,6 +44,15 @@ pub(crate) fn run(shared: Shared, index: usize) -> ! {
     }
 }
 
+/// vCPU 0 as one that keeps its monitor busy.
+pub(crate) fn exit(shared: Shared) -> ! {
+    let counter = shared.counter(0);
+    loop {
+        counter.fetch_add(1, Ordering::Release);
+        arch::exit(shared.serial());
+    }
+}
+
 /// One vCPU's part of the dirty region: every page whose number is its own modulo the vCPUs.
 struct Share {
     vcpu: usize,

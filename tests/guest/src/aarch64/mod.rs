@@ -107,6 +107,11 @@ pub(crate) fn turn(vcpu: usize) {
     gic::follow_mask(vcpu);
 }
 
+/// Writes 0 to the interrupt clear register of a PL011, which clears none.
+pub(crate) fn exit(serial: u64) {
+    Registers(serial).write8(0x44, 0);
+}
+
 /// Writes the data register of a PL011.
 pub(crate) fn put(serial: u64, byte: u8) {
     Registers(serial).write8(0, byte);
