@@ -41,7 +41,7 @@ pub fn exit(function: Function, ret: i32) {
 
 /// What a function returned, from the context of a kretprobe.
 #[inline(always)]
-pub fn returned(registers: *mut c_void) -> i32 {
+pub fn returned(registers: *mut c_void) -> i64 {
     let mut value = 0_u64;
     // SAFETY: `value` has room for 8 bytes; the helper checks the source, which the loader made an
     // offset into the registers. A failed read leaves 0.
@@ -52,5 +52,5 @@ pub fn returned(registers: *mut c_void) -> i32 {
             registers.cast::<u8>().add(return_offset()).cast(),
         );
     }
-    value as i32
+    value as i64
 }

@@ -1,5 +1,6 @@
-//! KVM's ioctls, by the system call's tracepoints: there is no tracepoint in KVM for them. One
-//! record for each call, made when it returns; `KVM_RUN` goes to [`run`](crate::run) instead.
+//! KVM's ioctls, by the system call's tracepoints, as there is no tracepoint in KVM for them, or by
+//! KVM's own functions, which leaves the host's other system calls alone. One record for each call,
+//! made when it returns; `KVM_RUN` goes to [`run`](crate::run) instead.
 
 use core::ffi::c_void;
 
@@ -7,7 +8,9 @@ use aya_ebpf::helpers::generated::bpf_probe_read_user;
 use blackout_abi::event::{Ioctl, Kind};
 
 use crate::run;
-use crate::shared::{IOCTLS, current, emit, header, is_target, is_wanted, now, syscall_args};
+use crate::shared::{
+    IOCTLS, current, emit, header, is_target, is_wanted, now, syscall_args, syscall_third_arg,
+};
 
 const KVMIO: u32 = 0xae;
 const KVM_RUN: u32 = 0xae80;
@@ -35,6 +38,17 @@ pub unsafe fn enter_args(ctx: *mut c_void) -> (u32, u32, u64) {
 pub unsafe fn exit_ret(ctx: *mut c_void) -> i64 {
     // SAFETY: the caller's; the verifier checks that the offset is inside the record.
     unsafe { *ctx.cast::<i64>().add(2) }
+}
+
+/// A function of KVM's that serves ioctls is entered. What the system call was given is in the registers
+/// that were saved at its entry.
+#[inline(always)]
+pub fn enter_in_kvm() {
+    if let Some((fd, cmd)) = syscall_args()
+        && let Some(arg) = syscall_third_arg()
+    {
+        enter(fd as u32, cmd as u32, arg);
+    }
 }
 
 /// An ioctl is called, by any process and on any file.

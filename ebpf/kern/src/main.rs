@@ -119,10 +119,47 @@ macro_rules! function {
 
         #[kretprobe]
         fn $kretprobe(ctx: RetProbeContext) -> u32 {
-            call::exit($function, call::returned(ctx.as_ptr()));
+            call::exit($function, call::returned(ctx.as_ptr()) as i32);
             0
         }
     };
+}
+
+/// The pair by trampoline of a function that serves the ioctls of one kind of KVM's files.
+macro_rules! serves {
+    ($fentry:ident, $fexit:ident) => {
+        #[fentry]
+        fn $fentry(_ctx: FEntryContext) -> i32 {
+            ioctl::enter_in_kvm();
+            0
+        }
+
+        #[fexit]
+        fn $fexit(ctx: FExitContext) -> i32 {
+            // They take three arguments; the return value follows them.
+            ioctl::exit::<true>(ctx.arg::<i64>(3));
+            0
+        }
+    };
+}
+
+serves!(kvm_dev_fentry, kvm_dev_fexit);
+serves!(kvm_vm_fentry, kvm_vm_fexit);
+serves!(kvm_vcpu_fentry, kvm_vcpu_fexit);
+serves!(kvm_device_fentry, kvm_device_fexit);
+
+/// All four of these functions.
+#[kprobe]
+fn kvm_kprobe(_ctx: ProbeContext) -> u32 {
+    ioctl::enter_in_kvm();
+    0
+}
+
+/// Their returns.
+#[kretprobe]
+fn kvm_kretprobe(ctx: RetProbeContext) -> u32 {
+    ioctl::exit::<true>(call::returned(ctx.as_ptr()));
+    0
 }
 
 function!(

@@ -64,12 +64,15 @@ static PIDNS_INO: u64 = 0;
 #[unsafe(no_mangle)]
 static RETURN_OFFSET: u64 = 0;
 
-/// Byte offsets, in the registers saved at a system call's entry, of its first two arguments.
+/// Byte offsets, in the registers saved at a system call's entry, of its first three arguments.
 #[unsafe(no_mangle)]
 static FIRST_ARG_OFFSET: u64 = 0;
 /// See [`FIRST_ARG_OFFSET`].
 #[unsafe(no_mangle)]
 static SECOND_ARG_OFFSET: u64 = 0;
+/// See [`FIRST_ARG_OFFSET`].
+#[unsafe(no_mangle)]
+static THIRD_ARG_OFFSET: u64 = 0;
 
 /// Bytes in the ring buffer above which the reader is woken.
 #[unsafe(no_mangle)]
@@ -98,22 +101,31 @@ pub fn return_offset() -> usize {
 /// entered before anybody looked. The kernel must have BTF.
 #[inline(always)]
 pub fn syscall_args() -> Option<(u64, u64)> {
+    Some((
+        syscall_arg(global!(FIRST_ARG_OFFSET))?,
+        syscall_arg(global!(SECOND_ARG_OFFSET))?,
+    ))
+}
+
+/// Its third argument.
+#[inline(always)]
+pub fn syscall_third_arg() -> Option<u64> {
+    syscall_arg(global!(THIRD_ARG_OFFSET))
+}
+
+/// The register at `offset` of those that were saved when the running thread entered the kernel.
+#[inline(always)]
+fn syscall_arg(offset: u64) -> Option<u64> {
     // SAFETY: the helpers take what they are given: the running task.
     let registers = unsafe { bpf_task_pt_regs(bpf_get_current_task_btf()) } as *const u8;
-    let read = |offset: u64| {
-        let mut value = 0_u64;
-        // SAFETY: `value` has room for 8 bytes; the helper checks the source, which is an offset
-        // that the loader gave into the task's registers.
-        let failed = unsafe {
-            let from = registers.add(offset as usize).cast();
-            bpf_probe_read_kernel((&raw mut value).cast(), 8, from)
-        };
-        (failed == 0).then_some(value)
+    let mut value = 0_u64;
+    // SAFETY: `value` has room for 8 bytes; the helper checks the source, which is an offset that
+    // the loader gave into the task's registers.
+    let failed = unsafe {
+        let from = registers.add(offset as usize).cast();
+        bpf_probe_read_kernel((&raw mut value).cast(), 8, from)
     };
-    Some((
-        read(global!(FIRST_ARG_OFFSET))?,
-        read(global!(SECOND_ARG_OFFSET))?,
-    ))
+    (failed == 0).then_some(value)
 }
 
 /// A thread, in the loader's pid namespace.

@@ -26,7 +26,7 @@ impl Programs {
     /// [`Error::Foreign`], if the object lacks a program. What the kernel refuses is no error here.
     pub fn attach(&mut self) -> Result<Vec<Coverage>, Error> {
         kernel::mount_tracefs();
-        let btf = kernel::btf();
+        let btf = kernel::btf(self.backend);
         Source::all()
             .into_iter()
             .map(|source| self.cover(source, &btf))
@@ -38,7 +38,8 @@ impl Programs {
         if let Ok(program) = &self.multi {
             return Some(UsdtProgram::Multi(program.as_fd()));
         }
-        let ways = Source::Usdt.ways().iter().flat_map(|way| way.programs);
+        let ways = Source::Usdt.ways(self.backend);
+        let ways = ways.into_iter().flat_map(|way| way.programs);
         let mut loaded = ways.filter_map(|(name, _)| self.ebpf.program(name)?.fd().ok());
         loaded
             .next()
@@ -67,7 +68,7 @@ impl Programs {
             way: None,
             refused: Vec::new(),
         };
-        for way in source.ways() {
+        for way in source.ways(self.backend) {
             match self.try_way(source, way, btf)? {
                 Ok(()) => {
                     coverage.way = Some(way.name);
@@ -112,7 +113,10 @@ fn attach(
 ) -> Result<(), String> {
     let symbol = match source {
         Source::Function(function) => function.symbol(),
-        _ => "",
+        _ => match hook {
+            Hook::Symbols([symbol]) => symbol,
+            _ => "",
+        },
     };
     let btf = || btf.as_ref().map_err(|error| chain(error));
     let attached = match (program, hook) {
@@ -120,15 +124,19 @@ fn attach(
         (Program::TracePoint(program), Hook::Tracepoint(category, name)) => program
             .load()
             .and_then(|()| program.attach(category, name).map(drop)),
-        (Program::FEntry(program), Hook::Function) => program
+        (Program::FEntry(program), Hook::Function | Hook::Symbols(_)) => program
             .load(symbol, btf()?)
             .and_then(|()| program.attach().map(drop)),
-        (Program::FExit(program), Hook::Function) => program
+        (Program::FExit(program), Hook::Function | Hook::Symbols(_)) => program
             .load(symbol, btf()?)
             .and_then(|()| program.attach().map(drop)),
         (Program::KProbe(program), Hook::Function) => program
             .load()
             .and_then(|()| program.attach(symbol, 0).map(drop)),
+        (Program::KProbe(program), Hook::Symbols(symbols)) => program.load().and_then(|()| {
+            let mut symbols = symbols.iter();
+            symbols.try_for_each(|symbol| program.attach(symbol, 0).map(drop))
+        }),
         _ => Err(ProgramError::UnexpectedProgramType),
     };
     attached.map_err(|error| why(&error))

@@ -10,8 +10,8 @@ use aya::{Btf, BtfError};
 use rustix::mount::{MountFlags, mount};
 use rustix::thread::{CapabilitySet, capabilities};
 
-use super::Error;
 use super::rights::{self, Held, Right};
+use super::{Backend, Error};
 use crate::usdt::Uprobes;
 
 /// The initial pid namespace (`PROC_PID_INIT_INO`, `include/linux/proc_ns.h`).
@@ -29,6 +29,8 @@ pub(super) struct Registers {
     pub(super) first_arg: u64,
     /// Its second argument.
     pub(super) second_arg: u64,
+    /// Its third argument.
+    pub(super) third_arg: u64,
 }
 
 /// The registers of this architecture: `struct pt_regs` of `asm/ptrace.h`. On arm64 the first
@@ -39,11 +41,13 @@ pub(super) fn registers() -> Registers {
             return_value: 0,
             first_arg: 272,
             second_arg: 8,
+            third_arg: 16,
         },
         _ => Registers {
             return_value: 80,
             first_arg: 112,
             second_arg: 104,
+            third_arg: 96,
         },
     }
 }
@@ -73,10 +77,9 @@ pub(super) fn mount_tracefs() {
     }
 }
 
-/// The kernel's BTF, where a source needs it: the functions that can be traced by it are arm64's, and
-/// parsing it takes long.
-pub(super) fn btf() -> Result<Btf, BtfError> {
-    if ARCH == "aarch64" {
+/// The kernel's BTF, where a way by it is tried: parsing it takes long.
+pub(super) fn btf(backend: Backend) -> Result<Btf, BtfError> {
+    if backend.may_be_fentry() {
         Btf::from_sys_fs()
     } else {
         Ok(Btf::new())

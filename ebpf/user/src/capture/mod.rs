@@ -41,7 +41,7 @@ pub use process::{with_exe, with_name, with_vm};
 pub use programs::{Options, Programs};
 pub use recorder::{Recorder, Summary, Totals};
 use rights::Right;
-pub use sources::{Coverage, Refusal, Source};
+pub use sources::{Backend, Coverage, Refusal, Source};
 
 /// Why nothing could be recorded.
 #[derive(Debug, Error)]

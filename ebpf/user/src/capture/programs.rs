@@ -8,7 +8,7 @@ use aya::maps::{Array, HashMap, Map, MapData, MapError, PerCpuArray, RingBuf};
 use aya::{Ebpf, EbpfLoader};
 use blackout_abi::event::{Lost, RunEdges, SiteSpec};
 
-use super::{Error, kernel, multi};
+use super::{Backend, Error, kernel, multi};
 
 /// More sites than QEMU has with every trace point, at 200 bytes each.
 pub(super) const MAX_SITES: usize = 8192;
@@ -22,10 +22,13 @@ pub struct Options {
     pub all: bool,
     /// Size of the ring buffer, bytes; rounded up to a power of two.
     pub buffer: u32,
+    /// The ways by which KVM's calls may be seen.
+    pub backend: Backend,
 }
 
 /// The eBPF programs and maps in the kernel. Dropping it takes them all away.
 pub struct Programs {
+    pub(super) backend: Backend,
     pub(super) ebpf: Ebpf,
     /// The USDT program as one link can put it onto many sites, or why there is none.
     pub(super) multi: Result<OwnedFd, multi::Error>,
@@ -62,11 +65,13 @@ impl Programs {
             .override_global("RETURN_OFFSET", &registers.return_value, true)
             .override_global("FIRST_ARG_OFFSET", &registers.first_arg, true)
             .override_global("SECOND_ARG_OFFSET", &registers.second_arg, true)
+            .override_global("THIRD_ARG_OFFSET", &registers.third_arg, true)
             // The programs have nothing to relocate, and parsing the kernel's BTF takes long.
             .btf(None)
             .load(object)
             .map_err(|source| Error::Load(Box::new(source)))?;
         Ok(Self {
+            backend: options.backend,
             multi: multi::load(object, &ebpf, "usdt_sleepable"),
             records: map(&mut ebpf, "RECORDS")?,
             lost: map(&mut ebpf, "LOST")?,

@@ -21,6 +21,44 @@ pub enum Source {
     Function(Function),
 }
 
+/// The ways by which KVM's calls may be seen: its ioctls, and its functions behind them. For the other
+/// sources there is only one.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, clap::ValueEnum)]
+pub enum Backend {
+    /// Tracepoints for the ioctls, trampolines for the functions, or else what the kernel takes.
+    #[default]
+    Auto,
+    /// Tracepoints of the system call: on any kernel, but every system call of the host takes a little
+    /// longer.
+    Tracepoint,
+    /// Trampolines at the functions that serve them: leaves all other system calls alone. Not where KVM
+    /// is a module, as it is on x86-64.
+    Fentry,
+    /// kprobes at those functions. The kernel has room for a few returns only, so where many vCPUs are
+    /// in KVM_RUN at once some are not seen.
+    Kprobe,
+}
+
+impl Backend {
+    /// Whether trampolines are tried, for which the kernel's BTF must be parsed.
+    pub(super) fn may_be_fentry(self) -> bool {
+        match self {
+            Self::Auto => std::env::consts::ARCH == "aarch64",
+            backend => backend == Self::Fentry,
+        }
+    }
+
+    fn takes(self, way: &Way) -> bool {
+        let kind = way.name.split(' ').next();
+        match self {
+            Self::Auto => kind != Some("fentry") || self.may_be_fentry(),
+            Self::Tracepoint => kind == Some("tracepoint"),
+            Self::Fentry => kind == Some("fentry"),
+            Self::Kprobe => kind == Some("kprobe"),
+        }
+    }
+}
+
 /// How a source is covered.
 #[derive(Clone, Debug)]
 pub struct Coverage {
@@ -59,6 +97,8 @@ pub(super) enum Hook {
     Tracepoint(&'static str, &'static str),
     /// Entry or exit of the source's function, whichever the program is for.
     Function,
+    /// Entry or exit of these functions.
+    Symbols(&'static [&'static str]),
 }
 
 impl Source {
@@ -91,7 +131,15 @@ impl Source {
         matches!(self, Self::Usdt | Self::Ioctls)
     }
 
-    pub(super) fn ways(self) -> &'static [Way] {
+    /// The ways that `backend` allows.
+    pub(super) fn ways(self, backend: Backend) -> Vec<&'static Way> {
+        let has_choice = matches!(self, Self::Ioctls | Self::Function(_));
+        let ways = self.every_way().iter();
+        ways.filter(|way| !has_choice || backend.takes(way))
+            .collect()
+    }
+
+    fn every_way(self) -> &'static [Way] {
         match self {
             Self::Usdt => &[
                 Way {
@@ -131,6 +179,26 @@ impl Source {
                         ),
                     ],
                 },
+                Way {
+                    name: "fentry",
+                    programs: &[
+                        ("kvm_dev_fexit", Hook::Symbols(&["kvm_dev_ioctl"])),
+                        ("kvm_dev_fentry", Hook::Symbols(&["kvm_dev_ioctl"])),
+                        ("kvm_vm_fexit", Hook::Symbols(&["kvm_vm_ioctl"])),
+                        ("kvm_vm_fentry", Hook::Symbols(&["kvm_vm_ioctl"])),
+                        ("kvm_vcpu_fexit", Hook::Symbols(&["kvm_vcpu_ioctl"])),
+                        ("kvm_vcpu_fentry", Hook::Symbols(&["kvm_vcpu_ioctl"])),
+                        ("kvm_device_fexit", Hook::Symbols(&["kvm_device_ioctl"])),
+                        ("kvm_device_fentry", Hook::Symbols(&["kvm_device_ioctl"])),
+                    ],
+                },
+                Way {
+                    name: "kprobe",
+                    programs: &[
+                        ("kvm_kretprobe", Hook::Symbols(&SERVE_IOCTLS)),
+                        ("kvm_kprobe", Hook::Symbols(&SERVE_IOCTLS)),
+                    ],
+                },
             ],
             Self::Guest => &[Way {
                 name: "tracepoint",
@@ -157,6 +225,14 @@ impl Source {
         }
     }
 }
+
+/// KVM's functions that serve ioctls, by the kind of file (`virt/kvm/kvm_main.c`).
+const SERVE_IOCTLS: [&str; 4] = [
+    "kvm_dev_ioctl",
+    "kvm_vm_ioctl",
+    "kvm_vcpu_ioctl",
+    "kvm_device_ioctl",
+];
 
 /// By trampoline, which costs least; by kprobe where the kernel has no trampolines (arm64 before
 /// 6.4) or does not give them out.

@@ -7,7 +7,7 @@ use serde::Serialize;
 
 use super::Outcome;
 use crate::capture::kernel::{Fact, survey};
-use crate::capture::{Coverage, Options, Programs, object};
+use crate::capture::{Backend, Coverage, Options, Programs, object};
 use crate::doctor::calibrate::{Calibration, calibrate};
 use crate::doctor::program::{examine_file, examine_process};
 
@@ -32,6 +32,10 @@ pub(super) struct Args {
     /// Also measure what recording costs here, for each event
     #[arg(long)]
     calibrate: bool,
+
+    /// The way by which `record` is to see KVM's calls
+    #[arg(long, value_enum, default_value_t, value_name = "WAY")]
+    backend: Backend,
 
     /// Print JSON, schema `blackout.doctor/1`
     #[arg(long)]
@@ -105,7 +109,10 @@ pub(super) fn run(args: &Args) -> anyhow::Result<Outcome> {
     monitor.extend(args.pid.map(examine_process).into_iter().flatten());
     let whole = monitor.iter().all(|fact| fact.good || fact.optional);
     let calibration = match works && args.calibrate {
-        true => Some(calibrate(&object(args.bpf_object.as_deref())?)?),
+        true => Some(calibrate(
+            &object(args.bpf_object.as_deref())?,
+            args.backend,
+        )?),
         false => None,
     };
     let findings = Findings {
@@ -139,6 +146,7 @@ fn try_all(args: &Args) -> anyhow::Result<Vec<Coverage>> {
         gap_ns: 0,
         all: false,
         buffer: 4096,
+        backend: args.backend,
     };
     Ok(Programs::load(&object, options)?.attach()?)
 }

@@ -16,7 +16,7 @@ use signal_hook::consts::{SIGHUP, SIGINT, SIGTERM};
 
 use super::{DEFAULT_RECORDING, Outcome};
 use crate::capture::sites::Pattern;
-use crate::capture::{self, Child, Coverage, Options, Recorder, Summary, object};
+use crate::capture::{self, Backend, Child, Coverage, Options, Recorder, Summary, object};
 
 /// Watch virtual machine monitors, and write down what bounds and fills a blackout
 ///
@@ -73,6 +73,10 @@ pub(super) struct Args {
     #[arg(long, default_value_t = 200, value_name = "MICROSECONDS")]
     gap: u32,
 
+    /// By which way KVM's calls are to be seen; the report says which one it was
+    #[arg(long, value_enum, default_value_t, value_name = "WAY")]
+    backend: Backend,
+
     /// Room for events that were not yet written, in the kernel
     #[arg(long, default_value_t = 4, value_name = "MIB", value_parser = clap::value_parser!(u32).range(1..=1024))]
     buffer: u32,
@@ -104,6 +108,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<Outcome> {
         gap_ns: u64::from(args.gap) * 1000,
         all: args.all,
         buffer: args.buffer << 20,
+        backend: args.backend,
     };
     let wanted = match args.probes.as_slice() {
         [] => Pattern::understood(),

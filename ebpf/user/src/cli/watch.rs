@@ -11,7 +11,7 @@ use signal_hook::consts::{SIGINT, SIGTERM};
 
 use super::Outcome;
 use crate::capture::sites::Pattern;
-use crate::capture::{Options, Recorder, object};
+use crate::capture::{Backend, Options, Recorder, object};
 use crate::watch::keep::Folder;
 use crate::watch::metrics::Metrics;
 use crate::watch::{Watcher, http, migrations};
@@ -76,6 +76,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<Outcome> {
         gap_ns: GAP_NS,
         all: true,
         buffer: BUFFER,
+        backend: Backend::default(),
     };
     let mut recorder = Recorder::start(&object, options, Pattern::understood(), folder.segment())?;
     for pid in crate::capture::with_vm() {

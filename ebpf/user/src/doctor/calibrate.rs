@@ -11,7 +11,7 @@ use serde::Serialize;
 
 use super::site;
 use crate::capture::sites::Pattern;
-use crate::capture::{Options, Recorder};
+use crate::capture::{Backend, Options, Recorder};
 
 /// Batches of each kind; the median is taken.
 const BATCHES: usize = 15;
@@ -45,7 +45,7 @@ pub struct Calibration {
 ///
 /// # Errors
 /// Those of [`Recorder`].
-pub fn calibrate(object: &[u8]) -> anyhow::Result<Calibration> {
+pub fn calibrate(object: &[u8], backend: Backend) -> anyhow::Result<Calibration> {
     let guest = Guest::new();
     let kinds = kinds(guest.as_ref().ok());
     let before: Vec<_> = kinds
@@ -54,7 +54,7 @@ pub fn calibrate(object: &[u8]) -> anyhow::Result<Calibration> {
         .collect::<Result<_, _>>()?;
     let folder = tempfile::tempdir().context("cannot make a temporary folder")?;
     let start = Instant::now();
-    let mut recorder = record_self(object, folder.path())?;
+    let mut recorder = record_self(object, backend, folder.path())?;
     let attach_ms = start.elapsed().as_secs_f64() * 1e3;
     let (mut events, mut cpu_ns) = (0, 0);
     let mut costs = Vec::new();
@@ -81,11 +81,12 @@ pub fn calibrate(object: &[u8]) -> anyhow::Result<Calibration> {
     })
 }
 
-fn record_self(object: &[u8], folder: &Path) -> anyhow::Result<Recorder> {
+fn record_self(object: &[u8], backend: Backend, folder: &Path) -> anyhow::Result<Recorder> {
     let options = Options {
         gap_ns: 1_000_000_000,
         all: false,
         buffer: 4 << 20,
+        backend,
     };
     let (provider, name) = site::PROBE;
     let wanted: Pattern = format!("{provider}:{name}").parse()?;
