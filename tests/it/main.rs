@@ -5,6 +5,7 @@ mod attach;
 mod bench;
 mod capture;
 mod doctor;
+mod endurance;
 mod interrupts;
 mod its;
 mod latency;
