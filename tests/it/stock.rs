@@ -1,5 +1,6 @@
-//! What the README says of gdb and perf, done with the real ones.
+//! What `ebpf/docs/investigating.md` says of gdb and perf, done with the real ones.
 
+use std::fs;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::thread;
@@ -54,8 +55,8 @@ fn perf_records_a_migration_by_its_probes() -> Result<()> {
     let data = home.path().join("perf.data");
     let mut recorder = Command::new("perf")
         .env("HOME", home.path())
-        .args(["record", "-e", "sdt_vmm:*", "-p"])
-        .arg(pair.source.pid().to_string())
+        .args(["record", "-k", "CLOCK_MONOTONIC", "-e", "sdt_vmm:*", "-p"])
+        .arg(format!("{},{}", pair.source.pid(), pair.destination.pid()))
         .arg("-o")
         .arg(&data)
         .stdin(Stdio::null())
@@ -70,7 +71,13 @@ fn perf_records_a_migration_by_its_probes() -> Result<()> {
     recorder.wait()?;
     let script = Command::new("perf")
         .env("HOME", home.path())
-        .args(["script", "-F", "tid,time,event", "-i"])
+        .args([
+            "script",
+            "--ns",
+            "-F",
+            "comm,pid,tid,time,event,trace",
+            "-i",
+        ])
         .arg(&data)
         .output()?;
     let text = String::from_utf8_lossy(&script.stdout);
@@ -82,7 +89,25 @@ fn perf_records_a_migration_by_its_probes() -> Result<()> {
         count("vm_state_handler_end"),
     );
     ensure!(begun > 1 && begun == ended, "{begun}, {ended}: {text}");
+    let report = report(home.path(), &script.stdout)?;
+    for words in ["migration_stop_vm finish-migrate", " main ", "downtime  "] {
+        ensure!(report.contains(words), "no {words:?} in {report}");
+    }
     Ok(())
+}
+
+/// Our own report of what `perf script` printed.
+fn report(folder: &Path, script: &[u8]) -> Result<String> {
+    let (text, recording) = (folder.join("perf.txt"), folder.join("perf.rec"));
+    fs::write(&text, script)?;
+    let tool = programs::tool()?;
+    let mut import = Command::new(&tool);
+    import.args(["import", "perf"]).arg(text).arg("--exe");
+    import.arg(programs::vmm()?).arg("-o").arg(&recording);
+    let imported = import.output()?;
+    ensure!(imported.status.success(), "{imported:?}");
+    let report = Command::new(tool).arg("report").arg(recording).output()?;
+    Ok(String::from_utf8(report.stdout)?)
 }
 
 fn missing(program: &str) -> bool {

@@ -2,7 +2,7 @@
 //!
 //! Imports go one way: [`cli`] → [`mod@bench`], [`html`] → [`gate`] → [`sets`] → [`report`],
 //! [`export`] → [`analysis`] → [`recording`] → `blackout-abi`. [`usdt`], [`stats`] and [`foreign`]
-//! stand by themselves; [`doctor`] stands on [`capture`].
+//! stand by themselves; [`import`] writes a [`recording`]; [`doctor`] stands on [`capture`].
 
 pub mod analysis;
 pub mod bench;
@@ -13,6 +13,7 @@ pub mod export;
 pub mod foreign;
 pub mod gate;
 pub mod html;
+pub mod import;
 pub mod recording;
 pub mod report;
 pub mod sets;

@@ -5,6 +5,7 @@ mod check;
 mod compare;
 mod doctor;
 mod export;
+mod import;
 mod list;
 mod merge;
 mod print;
@@ -46,6 +47,7 @@ enum Verb {
     Report(report::Args),
     Export(export::Args),
     Merge(merge::Args),
+    Import(import::Args),
     Compare(compare::Args),
     Check(check::Args),
     Bench(bench::Args),
@@ -90,6 +92,7 @@ pub fn run(cli: Cli) -> anyhow::Result<Outcome> {
         Verb::Watch(args) => watch::run(&args),
         Verb::Report(args) => report::run(&args),
         Verb::Merge(args) => merge::run(&args),
+        Verb::Import(args) => import::run(&args),
         Verb::Export(args) => export::run(&args),
         Verb::Compare(args) => compare::run(&args),
         Verb::Check(args) => check::run(&args),
