@@ -113,6 +113,11 @@ impl Recent {
             .unwrap_or(0)
     }
 
+    /// The least it took lately; 0 if it was never measured.
+    pub(crate) fn least_ns(&self) -> u64 {
+        self.0.iter().min().copied().unwrap_or(0)
+    }
+
     fn learn(&mut self, more: &Recent) {
         self.0.extend(&more.0);
         self.0.drain(..self.0.len().saturating_sub(MAX_RECENT));
@@ -196,6 +201,7 @@ mod tests {
         known.learn(&costs(&[("a", 2000), ("c", 1)], &[7]));
         known.learn(&costs(&[("a", 12)], &[9]));
         assert_eq!(known.parts["a"].ns(), 12);
+        assert_eq!(known.parts["a"].least_ns(), 10);
         assert_eq!((known.parts_ns(), known.rest.ns()), (12 + 4 + 1, 7));
         for ns in 100..120 {
             known.learn(&costs(&[("a", ns)], &[]));

@@ -37,12 +37,13 @@ pub(super) struct Convergence {
     recent: Vec<(u64, u64)>,
     /// To read the dirty log, ns.
     sync_ns: u64,
-    /// A downtime without any RAM, ns.
+    /// The shortest downtime, without any RAM, ns.
     fixed_ns: u64,
 }
 
 impl Convergence {
-    /// `total` is the bytes of RAM that the first round sends, `fixed_ns` what a stop takes besides RAM.
+    /// `total` is the bytes of RAM that the first round sends, `fixed_ns` what a stop takes at least
+    /// besides RAM.
     pub(super) fn new(total: u64, fixed_ns: u64) -> Self {
         Convergence {
             rounds: 0,
@@ -99,9 +100,9 @@ impl Convergence {
             .is_some_and(|ns| ns.saturating_add(ns / 5) <= limit_ns)
     }
 
-    /// The downtime of a stop now, with `remaining` bytes to send, ns; `None` while no round has moved a
+    /// The shortest downtime of a stop now, with `remaining` bytes to send, ns; `None` while no round moved a
     /// byte.
-    pub(super) fn expected_ns(&self, remaining: u64) -> Option<u64> {
+    fn expected_ns(&self, remaining: u64) -> Option<u64> {
         Some(self.ram_ns(remaining)?.saturating_add(self.fixed_ns))
     }
 

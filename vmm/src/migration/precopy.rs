@@ -66,12 +66,12 @@ pub(super) struct Rest {
 /// The destination has the guest's RAM already: there is nothing to do but to stop.
 fn nothing(vm: &impl SourceVm, fixed: Fixed, board: &Board) -> Result<Rest, Error> {
     board.set_status(MigrationStatus::Active);
-    let convergence = Convergence::new(0, fixed.total_ns());
+    let convergence = Convergence::new(0, fixed.least_ns());
     let limit_ms = board.settings().parameter(Parameter::DowntimeLimit);
     let limit_ns = limit_ms.saturating_mul(NS_PER_MS);
-    board.set_expected_downtime(convergence.expected_ns(0));
+    board.set_expected_downtime(Some(fixed.total_ns()));
     if vm.is_running() && !convergence.fits(0, limit_ns) {
-        let fixed_ns = fixed.total_ns();
+        let fixed_ns = fixed.least_ns();
         return Err(Error::LimitTooLow { fixed_ns, limit_ms });
     }
     Ok(Rest {
@@ -95,7 +95,7 @@ fn ram_rounds(
     let ram = vm.ram();
     vm.set_dirty_log(true)?;
     board.set_status(MigrationStatus::Active);
-    let mut convergence = Convergence::new(ram.size(), fixed.total_ns());
+    let mut convergence = Convergence::new(ram.size(), fixed.least_ns());
     // What the guest writes from here on, also to a page that was untouched, is in the dirty log.
     vm.protect(&ram.written_and_untouched()?.1)?;
     // A page that was written before it was protected is no longer untouched.
@@ -128,7 +128,9 @@ fn ram_rounds(
             false => u64::MAX,
         };
         let decision = convergence.round(sent.bytes, took_ns, remaining, limit_ns);
-        board.set_expected_downtime(convergence.expected_ns(remaining));
+        let ram_ns = convergence.ram_ns(remaining);
+        let expected_ns = ram_ns.map(|ns| ns.saturating_add(fixed.total_ns()));
+        board.set_expected_downtime(expected_ns);
         board.update_ram(|ram| {
             ram.transferred = link.loaded_bytes();
             ram.remaining = remaining;
@@ -146,13 +148,13 @@ fn ram_rounds(
                     round: round + 1,
                     forecast: Forecast {
                         limit_ns,
-                        ram_ns: convergence.ram_ns(remaining).unwrap_or(0),
+                        ram_ns: ram_ns.unwrap_or(0),
                         fixed,
                     },
                 });
             }
             Decision::GiveUp if !convergence.fits(0, limit_ns) => {
-                let fixed_ns = fixed.total_ns();
+                let fixed_ns = fixed.least_ns();
                 return Err(Error::LimitTooLow { fixed_ns, limit_ms });
             }
             Decision::GiveUp => {
