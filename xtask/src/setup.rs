@@ -150,6 +150,7 @@ fn needs(purposes: &[Purpose]) -> Vec<Box<dyn Need>> {
             ("aarch64-linux-gnu-gcc", "gcc-aarch64-linux-gnu"),
             ("dtrace", "systemtap-sdt-dev"),
             ("prometheus", "prometheus"),
+            ("xmllint", "libxml2-utils"),
         ] {
             needs.push(Box::new(Program { name, package }));
         }

@@ -157,6 +157,38 @@ fn junit_is_read_with_every_verdict() {
 }
 
 #[test]
+fn junit_is_as_its_schema_says() {
+    let valid = |xml: &str| {
+        let mut command = Command::new("xmllint");
+        command.args(["--noout", "--schema", "tests/gate/junit.xsd", "-"]);
+        command.current_dir(env!("CARGO_MANIFEST_DIR"));
+        let command = command.stdin(Stdio::piped()).stderr(Stdio::piped());
+        let mut child = match command.spawn() {
+            Ok(child) => child,
+            Err(error) => {
+                println!("SKIP: junit_is_as_its_schema_says: xmllint: {error}");
+                return None;
+            }
+        };
+        let mut stdin = child.stdin.take().unwrap();
+        stdin.write_all(xml.as_bytes()).unwrap();
+        drop(stdin);
+        let output = child.wait_with_output().unwrap();
+        Some((output.status.success(), output))
+    };
+    let xml = written(|out| junit::write(out, &check()));
+    let Some((is_valid, said)) = valid(&xml) else {
+        return;
+    };
+    assert!(is_valid, "{said:?}");
+    let foreign = xml.replacen("<testsuites ", "<testsuites skipped=\"0\" ", 1);
+    assert!(
+        !valid(&foreign).unwrap().0,
+        "the schema refuses what it does not have"
+    );
+}
+
+#[test]
 fn prometheus_reads_the_textfile() {
     let check = check();
     let program = "import sys\n\

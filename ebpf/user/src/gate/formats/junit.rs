@@ -39,7 +39,9 @@ pub fn write(out: &mut dyn Write, check: &Check) -> io::Result<()> {
     suite.set_system_out(text::headline(check));
     let mut report = Report::new("blackout");
     report.add_test_suite(suite);
-    report.serialize(out).map_err(io::Error::other)
+    let xml = report.to_string().map_err(io::Error::other)?;
+    // The library counts skipped tests in the outermost element, too, where no schema has them.
+    out.write_all(xml.replacen(" skipped=\"0\"", "", 1).as_bytes())
 }
 
 fn case(name: &str, class: &str, verdict: Verdict, said: impl FnOnce() -> String) -> TestCase {
