@@ -167,6 +167,17 @@ fn an_empty_recording() {
 }
 
 #[test]
+fn the_readme_shows_the_report_as_it_is() {
+    let readme = include_str!("../../../../README.md");
+    let report = include_str!("expected/testbed.txt");
+    let (_, tree) = report.split_once("\nSource:").unwrap();
+    assert!(
+        readme.contains(tree.trim_end()),
+        "the README's example is not tests/golden/expected/testbed.txt"
+    );
+}
+
+#[test]
 fn a_real_migration_in_the_testbed() {
     let recordings = [load("testbed.rec", TESTBED)];
     let migrations = analysis::find(&recordings);
