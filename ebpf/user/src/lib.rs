@@ -1,6 +1,6 @@
 //! What the program `blackout` is made of; a library so that tests and tools can use it.
 //!
-//! Imports go one way: [`cli`] → [`mod@bench`], [`html`] → [`gate`] → [`sets`] → [`report`],
+//! Imports go one way: [`cli`] → [`mod@bench`], [`top`], [`html`] → [`gate`] → [`sets`] → [`report`],
 //! [`export`] → [`analysis`] → [`recording`] → `blackout-abi`. [`usdt`], [`stats`] and [`foreign`]
 //! stand by themselves; [`import`] writes a [`recording`]; [`doctor`] stands on [`capture`].
 
@@ -18,5 +18,6 @@ pub mod recording;
 pub mod report;
 pub mod sets;
 pub mod stats;
+pub mod top;
 pub mod usdt;
 pub mod watch;

@@ -1,8 +1,9 @@
 //! The program as a shell sees it: what goes where, and the exit codes.
 
 use std::fs::File;
+use std::io::Write;
 use std::path::Path;
-use std::process::{Command, Output};
+use std::process::{Command, Output, Stdio};
 
 use blackout::recording::{Frame, Header, Writer};
 
@@ -119,4 +120,48 @@ fn export_writes_where_it_is_told() {
     let piped = blackout(&["export", "chrome", &path]);
     assert_eq!(piped.stdout, std::fs::read(&trace).unwrap());
     assert!(serde_json::from_slice::<serde_json::Value>(&piped.stdout).is_ok());
+}
+
+#[test]
+fn top_shows_a_recording_without_rights_and_without_a_terminal() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = recording(&folder.path().join("recording"), true);
+    let output = blackout(&["top", "--replay", &path]);
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stderr));
+    let screen = text(&output.stdout);
+    assert!(
+        screen.contains("1 lost") && screen.contains("VMs"),
+        "{screen}"
+    );
+    assert!(!screen.contains('\x1b'), "{screen}");
+    let missing = blackout(&["top", "--replay", "/nonexistent"]);
+    assert_eq!(missing.status.code(), Some(3));
+}
+
+#[test]
+fn top_draws_on_a_terminal_until_q() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = recording(&folder.path().join("recording"), true);
+    // A terminal that is no one's has no size, either.
+    let program = env!("CARGO_BIN_EXE_blackout");
+    let top = format!("stty rows 30 cols 110; exec {program} top --replay {path}");
+    let script = Command::new("script")
+        .args(["-qec", &top, "/dev/null"])
+        .env("TERM", "xterm")
+        .stdin(Stdio::piped())
+        .stdout(Stdio::piped())
+        .spawn();
+    let Ok(mut script) = script else {
+        println!("SKIP: top_draws_on_a_terminal_until_q: util-linux's script is missing");
+        return;
+    };
+    let mut keys = script.stdin.take().unwrap();
+    keys.write_all(b"q").unwrap();
+    let output = script.wait_with_output().unwrap();
+    assert_eq!(output.status.code(), Some(0), "{}", text(&output.stdout));
+    let screen = text(&output.stdout);
+    // It takes the terminal over, draws, and gives it back as it was.
+    for part in ["\x1b[?1049h", "Migrations", "\x1b[?1049l"] {
+        assert!(screen.contains(part), "no {part:?} in {screen:?}");
+    }
 }

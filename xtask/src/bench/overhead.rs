@@ -221,7 +221,7 @@ fn exits(lines: &[Line], aims: &mut Aims) {
         return;
     };
     println!(
-        "exits without anybody: median {:.0} a second",
+        "exits without anybody: median {:.0} in a second of CPU time",
         median(&nobody)
     );
     aims.say(

@@ -7,7 +7,7 @@ use crate::recording::ClockAnchor;
 const SECOND: i64 = 1_000_000_000;
 
 /// `CLOCK_MONOTONIC`, ns: the clock of every record.
-pub(super) fn monotonic() -> u64 {
+pub fn monotonic() -> u64 {
     u64::try_from(ns(clock_gettime(ClockId::Monotonic))).unwrap_or(0)
 }
 

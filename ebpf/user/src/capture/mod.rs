@@ -36,6 +36,7 @@ use thiserror::Error;
 use crate::{recording, usdt};
 
 pub use child::Child;
+pub use clock::monotonic;
 pub use object::object;
 pub use process::{with_exe, with_name, with_vm};
 pub use programs::{Options, Programs};

@@ -18,7 +18,7 @@ use super::rights::{self, Later};
 use super::sites::Pattern;
 use super::translate::{self, Translator};
 use super::{Coverage, Error, Options, Programs, clock, process};
-use crate::recording::{Cost, Frame, Header, Writer};
+use crate::recording::{Cost, Frame, Header, VcpuEdges, Writer};
 use crate::usdt::{self, Attachment, Uprobes};
 
 /// The ring buffer is looked at this often, as nobody is woken for single records.
@@ -246,11 +246,7 @@ impl Recorder {
         self.write_state()?;
         let next = Writer::create(output, header(&self.coverage))?;
         mem::replace(&mut self.writer, next).finish(clock::monotonic())?;
-        let known = self.translator.sites.probes().cloned().map(Frame::Probe);
-        self.frames.extend(known);
-        let processes = self.processes.iter();
-        self.frames
-            .extend(processes.map(|process| Frame::Process(process.describe())));
+        self.frames = self.known();
         self.write_state()
     }
 
@@ -261,6 +257,27 @@ impl Recorder {
             lost: self.lost,
             cpu_ns: clock::own_cpu(),
         }
+    }
+
+    /// What the eBPF programs have taken so far, ns, where the kernel says it.
+    pub fn bpf_ns(&self) -> Option<u64> {
+        self.stats.as_ref()?;
+        Some(self.programs.cost().ok()?.1)
+    }
+
+    /// The edges of every vCPU that is known, as they are now.
+    pub fn vcpus(&mut self) -> Vec<VcpuEdges> {
+        let runs = self.programs.runs();
+        runs.map(|(tid, edges)| self.translator.vcpu_edges(tid, &edges))
+            .collect()
+    }
+
+    /// The processes and the probes that are known, as the frames that a recording has of them.
+    pub fn known(&self) -> Vec<Frame> {
+        let probes = self.translator.sites.probes().cloned().map(Frame::Probe);
+        let processes = self.processes.iter();
+        let processes = processes.map(|process| Frame::Process(process.describe()));
+        probes.chain(processes).collect()
     }
 
     /// Writes the last edges of every vCPU, and the names of all threads.

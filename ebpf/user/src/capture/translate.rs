@@ -87,7 +87,7 @@ impl Translator {
         }
     }
 
-    fn vcpu_edges(&mut self, tid: u32, edges: &RunEdges) -> VcpuEdges {
+    pub(super) fn vcpu_edges(&mut self, tid: u32, edges: &RunEdges) -> VcpuEdges {
         VcpuEdges {
             pid: edges.tgid,
             tid,

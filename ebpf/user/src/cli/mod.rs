@@ -11,6 +11,7 @@ mod merge;
 mod print;
 mod record;
 mod report;
+mod top;
 mod watch;
 
 use std::process::ExitCode;
@@ -44,6 +45,7 @@ Exit codes:
 enum Verb {
     Record(record::Args),
     Watch(watch::Args),
+    Top(top::Args),
     Report(report::Args),
     Export(export::Args),
     Merge(merge::Args),
@@ -90,6 +92,7 @@ pub fn run(cli: Cli) -> anyhow::Result<Outcome> {
     match cli.verb {
         Verb::Record(args) => record::run(&args),
         Verb::Watch(args) => watch::run(&args),
+        Verb::Top(args) => top::run(&args),
         Verb::Report(args) => report::run(&args),
         Verb::Merge(args) => merge::run(&args),
         Verb::Import(args) => import::run(&args),
