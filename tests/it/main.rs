@@ -6,6 +6,7 @@ mod bench;
 mod capture;
 mod doctor;
 mod endurance;
+mod fault_campaign;
 mod interrupts;
 mod its;
 mod latency;

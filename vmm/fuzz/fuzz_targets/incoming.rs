@@ -4,7 +4,7 @@
 
 use blackout_vmm_fuzz::Input;
 use libfuzzer_sys::fuzz_target;
-use vmm::migration::fuzz::{Step, take_in};
+use vmm::migration::fuzz::{Step, take_in, take_in_lanes};
 
 fuzz_target!(|data: &[u8]| {
     let mut input = Input(data);
@@ -31,7 +31,12 @@ fuzz_target!(|data: &[u8]| {
         };
         steps.push(step);
     }
-    take_in(how & 1 == 1, how & 2 == 0, &steps);
+    if how & 4 == 4 {
+        let pages = [how >> 3, how >> 5, how >> 6];
+        let half = steps.split_off(steps.len() / 2);
+        return take_in_lanes(&[steps, half], &pages);
+    }
+    take_in(how & 1 == 1, how & 2 == 0, (how >> 3) / 8, &steps);
 });
 
 /// The next bytes, as many as the first of them says.

@@ -6,12 +6,16 @@ use std::os::fd::OwnedFd;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Duration;
+
+use socket2::Socket;
 
 use super::board::Board;
-use super::channel::Patience;
+use super::channel::{Channel, Patience};
 use super::connect::{Listener, Plaintext};
 use super::descriptors::Descriptors;
 use super::incoming;
+use super::intake::Intake;
 use super::status::Side;
 use super::stream::frame::{HEADER_LEN, Kind};
 use super::stream::header::Shape;
@@ -19,6 +23,7 @@ use super::stream::message::{Device, End, Rehearsal, RoundEnd, Terms};
 use super::stream::writer::FrameWriter;
 use super::uri::Uri;
 use super::vm::{MigrationVm, TargetVm};
+use super::wire::Wire;
 use crate::control;
 use crate::costs::Costs;
 use crate::devices::StateError;
@@ -91,14 +96,14 @@ impl TargetVm for Sink {
 
 /// Takes in the stream that `steps` are, after an introduction that fits unless `greet` is false.
 /// Panics if the guest then runs although there was no end.
-pub fn take_in(answered: bool, greet: bool, steps: &[Step]) {
+pub fn take_in(answered: bool, greet: bool, lanes: u8, steps: &[Step]) {
     let ram = GuestRam::new(&[(0, PAGES * PAGE_SIZE)]).expect("RAM");
     let ran = AtomicBool::new(false);
     let sink = Sink { ram, ran };
     let (mut here, there) = UnixStream::pair().expect("a connection");
     // Nobody reads yet: what does not fit the buffer is cut off.
     here.set_nonblocking(true).expect("a socket");
-    let _ = here.write_all(&stream(&sink.shape(), answered, greet, steps));
+    let _ = here.write_all(&stream(&sink.shape(), answered, greet, lanes, steps));
     let _ = here.shutdown(std::net::Shutdown::Write);
 
     let mut descriptors = Descriptors::default();
@@ -119,17 +124,48 @@ pub fn take_in(answered: bool, greet: bool, steps: &[Step]) {
     assert!(ended || !ran, "a guest runs that never arrived");
 }
 
-fn stream(shape: &Shape, answered: bool, greet: bool, steps: &[Step]) -> Vec<u8> {
+/// Takes in pages on further connections, one for each stream of `lanes`, and waits for rounds of so
+/// many pages. Nothing may touch RAM after that.
+pub fn take_in_lanes(lanes: &[Vec<Step>], rounds: &[u8]) {
+    const SILENCE: Duration = Duration::from_millis(5);
+    let ram = GuestRam::new(&[(0, PAGES * PAGE_SIZE)]).expect("RAM");
+    let mut intake = Intake::new(ram.clone());
+    for steps in lanes {
+        let (mut here, there) = UnixStream::pair().expect("a connection");
+        here.set_nonblocking(true).expect("a socket");
+        let _ = here.write_all(&frames(FrameWriter::new(Vec::new()), steps));
+        let _ = here.shutdown(std::net::Shutdown::Write);
+        let wire = Wire::from(Socket::from(OwnedFd::from(there)));
+        let channel = Channel::new(wire.clone(), Patience::default()).expect("a channel");
+        intake.add(wire, channel).expect("a thread");
+    }
+    for (round, &pages) in (1..).zip(rounds) {
+        let last = round == rounds.len();
+        match intake.end_round(pages.into(), last, SILENCE) {
+            Ok(loaded) => assert!(loaded.pages >= pages.into(), "a round that is not whole"),
+            Err(_) => break,
+        }
+    }
+    drop(intake);
+    let (before, after) = (ram.checksum().expect("RAM"), ram.checksum().expect("RAM"));
+    assert_eq!(before, after);
+}
+
+fn stream(shape: &Shape, answered: bool, greet: bool, lanes: u8, steps: &[Step]) -> Vec<u8> {
     let mut writer = FrameWriter::new(Vec::new());
     let _ = writer.preface();
     let terms = Terms {
         answered,
         shared: false,
-        lanes: 0,
+        lanes,
     };
     if greet {
         let _ = writer.send(&shape.hello(1, [7; 16], terms));
     }
+    frames(writer, steps)
+}
+
+fn frames(mut writer: FrameWriter<Vec<u8>>, steps: &[Step]) -> Vec<u8> {
     for step in steps {
         // What is too long for its kind is not sent.
         let _ = match step {

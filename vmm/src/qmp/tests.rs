@@ -22,6 +22,7 @@ use super::*;
 use crate::migration::descriptors::Descriptors;
 use crate::migration::settings::{Capability, Settings};
 use crate::migration::status::{MigrationStatus, QueryMigrate};
+use crate::migration::uri::Uri;
 use crate::runstate::{Event, EventSender, RunState};
 
 /// A monitor that only keeps a run state.
@@ -83,6 +84,7 @@ impl Backend for Fake {
         if let Some(name) = uri.strip_prefix("fd:") {
             descriptors.take(name)?;
         }
+        Uri::outgoing(uri).map_err(crate::migration::Error::from)?;
         self.call(&format!("migrate {uri}"));
         Ok(())
     }
