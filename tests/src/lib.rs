@@ -20,6 +20,8 @@ pub mod slow;
 pub mod tool;
 pub mod vmm;
 
+use std::process::ExitCode;
+
 pub use bridge::Bridge;
 pub use cpus::Cpus;
 pub use guest_ram::GuestView;
@@ -31,3 +33,14 @@ pub use resources::Resources;
 pub use shell::Shell;
 pub use tool::{Recorder, Report};
 pub use vmm::{Vmm, VmmOptions};
+
+/// What a program of the harness ends with: it says on stderr why it failed, in one line.
+pub fn exit(result: &anyhow::Result<()>) -> ExitCode {
+    match result {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}

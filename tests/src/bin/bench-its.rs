@@ -96,13 +96,7 @@ fn main() -> ExitCode {
         Ok(())
     };
     let result: Result<()> = measure();
-    match result {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    harness::exit(&result)
 }
 
 fn measure(arguments: &Arguments, size: Size) -> Result<Value> {

@@ -55,13 +55,7 @@ fn main() -> ExitCode {
         Role::Destination => destination(&disk, &out),
         Role::Source { to } => source(to, &disk, &out),
     };
-    match done {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    harness::exit(&done)
 }
 
 /// A Linux guest whose disk may be in use elsewhere. Both hosts are this machine's, and so is their

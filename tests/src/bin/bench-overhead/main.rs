@@ -53,13 +53,7 @@ enum Part {
 }
 
 fn main() -> ExitCode {
-    match run(&Arguments::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    harness::exit(&run(&Arguments::parse()))
 }
 
 fn run(arguments: &Arguments) -> Result<()> {

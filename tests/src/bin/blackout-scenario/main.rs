@@ -58,13 +58,7 @@ enum Guest {
 }
 
 fn main() -> ExitCode {
-    match run(&Arguments::parse()) {
-        Ok(()) => ExitCode::SUCCESS,
-        Err(error) => {
-            eprintln!("error: {error:#}");
-            ExitCode::FAILURE
-        }
-    }
+    harness::exit(&run(&Arguments::parse()))
 }
 
 fn run(arguments: &Arguments) -> Result<()> {
