@@ -121,11 +121,16 @@ pub(super) fn run(args: &Args) -> anyhow::Result<Outcome> {
             .context("cannot catch signals")?;
     }
     let mut recorder = Recorder::start(&object, options, wanted, &args.output)?;
-    let mut sites = 0;
+    let (mut sites, mut processes) = (0, 0);
     for pid in &pids {
-        sites += recorder
-            .add(*pid)
-            .with_context(|| format!("cannot record process {pid}"))?;
+        match recorder.add(*pid) {
+            Ok(found) => (sites, processes) = (sites + found, processes + 1),
+            // Who records all there are does not mind that one has ended since it was found.
+            Err(_) if args.all && has_ended(*pid) => {}
+            Err(error) => {
+                return Err(error).with_context(|| format!("cannot record process {pid}"));
+            }
+        }
     }
     let mut child = None;
     if !args.command.is_empty() {
@@ -136,7 +141,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<Outcome> {
         started.go()?;
         child = Some(started);
     }
-    let processes = pids.len() + usize::from(child.is_some());
+    processes += usize::from(child.is_some());
     say_ready(args, recorder.coverage(), (processes, sites))?;
     recorder.give_up_rights(child.is_some())?;
     let end = args.duration.map(|duration| Instant::now() + duration);
@@ -164,6 +169,11 @@ pub(super) fn run(args: &Args) -> anyhow::Result<Outcome> {
         _ if summary.lost > 0 && args.strict => Outcome::Bad,
         _ => Outcome::Done,
     })
+}
+
+/// Whether a process is gone, or nothing but an exit code that its parent has not read yet.
+fn has_ended(pid: u32) -> bool {
+    fs::read_link(format!("/proc/{pid}/exe")).is_err()
 }
 
 /// Gives the command a signal that was meant for it too. A terminal gives its own to every process
