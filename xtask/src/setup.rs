@@ -5,6 +5,7 @@ mod kernel;
 mod python;
 mod root_disk;
 mod rust;
+pub(crate) mod speedscope;
 
 use std::env::consts::ARCH;
 
@@ -164,6 +165,7 @@ fn needs(purposes: &[Purpose]) -> Vec<Box<dyn Need>> {
             name: "chromium",
             package: "chromium",
         }));
+        needs.push(Box::new(speedscope::Speedscope));
     }
     if purposes.contains(&Purpose::Dist) {
         needs.push(Box::new(rust::StaticCompiler));

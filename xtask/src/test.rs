@@ -135,6 +135,7 @@ fn unit_tests(arguments: &Arguments, tally: &mut Tally) -> Result<()> {
     }
     // Tests of the trace ask Perfetto, which that interpreter has; skipped ones say so.
     cargo.env("BLACKOUT_PYTHON", setup::python()?);
+    cargo.env("BLACKOUT_SPEEDSCOPE", setup::speedscope::page()?);
     cargo.args(["--", "--nocapture"]).args(&arguments.filters);
     tally.stream(&mut cargo)
 }

@@ -1,8 +1,8 @@
 //! What a blackout is expected to take, part by part, and what it took: nothing but the number decides
 //! when the guest is stopped, so it counts everything that the downtime will consist of.
 //!
-//! Pages are expected at the rate of the last round. Everything else is expected to take what it took
-//! before ([`Costs`], which go with the guest), or, for a guest that was never stopped, what it took
+//! Pages are expected at the median rate of the last rounds. Everything else is expected to take what it took
+//! before (`costs.rs`; the figures go with the guest), or, for a guest that was never stopped, what it took
 //! when the destination rehearsed it on its idle machine.
 
 use std::ffi::CString;

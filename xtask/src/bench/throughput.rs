@@ -76,8 +76,11 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
     Ok(0)
 }
 
+/// What the runs of one kind took: the total time and the CPU time, ns.
+type Times = (Vec<u64>, Vec<u64>);
+
 fn print(runs: &[Run], gib: u64) {
-    let mut times: BTreeMap<(&str, &str), (Vec<u64>, Vec<u64>)> = BTreeMap::new();
+    let mut times: BTreeMap<(&str, &str), Times> = BTreeMap::new();
     for run in runs {
         let (took, cpu) = times.entry((&run.transport, &run.what)).or_default();
         took.push(run.ns);

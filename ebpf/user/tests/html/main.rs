@@ -25,8 +25,14 @@ fn page(folder: &Path) -> String {
     std::fs::read_to_string(path).unwrap()
 }
 
-/// Runs the browser on a page; `None`, with a line that `cargo xtask test` counts, without one.
+/// Runs the browser on the page in `folder`; `None`, with a line that `cargo xtask test` counts,
+/// without one.
 fn browser(folder: &Path, flags: &[&str]) -> Option<Vec<u8>> {
+    let page = format!("file://{}", folder.join("page.html").display());
+    browse(folder, &page, flags)
+}
+
+fn browse(folder: &Path, address: &str, flags: &[&str]) -> Option<Vec<u8>> {
     let mut command = Command::new("chromium");
     command
         .args([
@@ -44,7 +50,7 @@ fn browser(folder: &Path, flags: &[&str]) -> Option<Vec<u8>> {
             folder.join("profile").display()
         ))
         .args(flags)
-        .arg(format!("file://{}", folder.join("page.html").display()));
+        .arg(address);
     match command.output() {
         Ok(output) => {
             let said = String::from_utf8_lossy(&output.stderr);
@@ -53,11 +59,16 @@ fn browser(folder: &Path, flags: &[&str]) -> Option<Vec<u8>> {
             Some(output.stdout)
         }
         Err(error) => {
-            let test = std::thread::current().name().unwrap_or("?").to_owned();
-            println!("SKIP: {test}: chromium: {error}");
+            skip(&format!("chromium: {error}"));
             None
         }
     }
+}
+
+/// Says in a form that `cargo xtask test` counts why the calling test does nothing.
+fn skip(why: &str) {
+    let test = std::thread::current().name().unwrap_or("?").to_owned();
+    println!("SKIP: {test}: {why}");
 }
 
 #[test]
@@ -128,6 +139,33 @@ fn a_browser_draws_the_timeline() {
         timeline.contains(">device_load its<"),
         "wide spans are named"
     );
+}
+
+#[test]
+fn speedscope_imports_what_is_exported_for_it() {
+    let page = std::env::var("BLACKOUT_SPEEDSCOPE").unwrap_or_default();
+    if !Path::new(&page).exists() {
+        return skip("no speedscope: cargo xtask setup --for browser");
+    }
+    let folder = tempfile::tempdir().unwrap();
+    let exported = blackout(&["export", "speedscope", TESTBED]).stdout;
+    // As speedscope's own command line hands a file to its page.
+    let profile = folder.path().join("profile.js");
+    let text = serde_json::to_string(std::str::from_utf8(&exported).unwrap()).unwrap();
+    let base64 = format!("btoa(unescape(encodeURIComponent({text})))");
+    let load = format!("speedscope.loadFileFromBase64('a.speedscope.json', {base64})");
+    std::fs::write(&profile, load).unwrap();
+    let address = format!("file://{page}#localProfilePath={}", profile.display());
+    let Some(dom) = browse(folder.path(), &address, &["--dump-dom"]) else {
+        return;
+    };
+    let dom = String::from_utf8(dom).unwrap();
+    // One profile for each thread that had a span.
+    assert!(
+        dom.contains("<title>source qmp-client of migration 7543277326057262"),
+        "{dom}"
+    );
+    assert!(dom.contains("(1/3)"), "{dom}");
 }
 
 #[test]
