@@ -6,6 +6,7 @@ use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use blackout::capture;
 use blackout::recording::{Ending, FdKind, Frame, Hit, Value};
 use harness::{GuestView, Qmp, Recorder, Vmm, VmmOptions, programs};
 use nix::sys::signal::Signal;
@@ -106,9 +107,11 @@ fn what_finds_no_room_is_counted() -> Result<()> {
     let mut recorder = Killed(recorder);
     wait_for(&dir.path().join("ready"))?;
     recorder.signal(Signal::SIGSTOP)?;
+    let began_ns = capture::monotonic();
     for n in 0..FIRED {
         probes::downtime_end(77, n);
     }
+    let ended_ns = capture::monotonic();
     recorder.signal(Signal::SIGCONT)?;
     recorder.signal(Signal::SIGTERM)?;
     let status = recorder.0.wait()?;
@@ -126,6 +129,17 @@ fn what_finds_no_room_is_counted() -> Result<()> {
         "{arrived} arrived, {lost} lost"
     );
     ensure!(arrived >= 4000, "only {arrived} of {FIRED} found room");
+    // The report marks what ran between the two ends of a loss.
+    let mut losses = recording.frames.iter().filter_map(|frame| match frame {
+        Frame::Lost {
+            since_ns, at_ns, ..
+        } => Some((*since_ns, *at_ns)),
+        _ => None,
+    });
+    ensure!(
+        losses.any(|(since_ns, at_ns)| (1..=ended_ns).contains(&since_ns) && at_ns >= ended_ns),
+        "no loss is said to be from {began_ns} to {ended_ns}"
+    );
     Ok(())
 }
 

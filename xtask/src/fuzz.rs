@@ -1,7 +1,8 @@
-//! `cargo xtask fuzz`: feeds what a hostile guest or peer could send to the monitor.
+//! `cargo xtask fuzz`: feeds what a hostile guest or peer could send to the monitor, and recordings
+//! that anybody may have written to the tool.
 //!
-//! The targets are in `vmm/fuzz/`, outside the workspace, in cargo-fuzz's layout. They need a nightly
-//! compiler; the sanitizers that cargo-fuzz switches on exist nowhere else.
+//! The targets are in `vmm/fuzz/` and `ebpf/user/fuzz/`, outside the workspace, in cargo-fuzz's layout.
+//! They need a nightly compiler; the sanitizers that cargo-fuzz switches on exist nowhere else.
 
 use std::path::{Path, PathBuf};
 use std::process::Command;
@@ -12,7 +13,16 @@ use anyhow::{Context, Result, bail};
 use crate::{command, paths};
 
 /// Every target.
-const TARGETS: [&str; 4] = ["pci", "virtio", "state", "incoming"];
+const TARGETS: [&str; 5] = ["pci", "virtio", "state", "incoming", "recording"];
+
+/// Where a target's package is, and the most memory that it may ask for at once, MiB: a monitor has
+/// a guest's RAM, a file of some kilobytes stands for next to nothing.
+fn package(target: &str) -> (&'static str, u32) {
+    match target {
+        "recording" => ("ebpf/user/fuzz", 64),
+        _ => ("vmm/fuzz", 2048),
+    }
+}
 
 /// What a run may take beyond its seconds: the build, and reading its corpus.
 const OVERHEAD: Duration = Duration::from_secs(1200);
@@ -62,9 +72,10 @@ pub(crate) fn missing() -> Option<&'static str> {
     )
 }
 
-/// Runs one target; whether it found nothing. What it finds is left in `vmm/fuzz/artifacts`.
+/// Runs one target; whether it found nothing. What it finds is left in its package's `artifacts`.
 fn target(name: &str, seconds: u64) -> Result<bool> {
-    let folder = paths::workspace().join("vmm/fuzz");
+    let (folder, at_once) = package(name);
+    let folder = paths::workspace().join(folder);
     let mut fuzz = Command::new("rustup");
     fuzz.args(["run", "nightly"])
         .arg(cargo_fuzz()?)
@@ -74,7 +85,8 @@ fn target(name: &str, seconds: u64) -> Result<bool> {
         .arg(format!("-max_total_time={seconds}"))
         // Memory above this is a finding; a device's name, which is given once in a monitor's life
         // and never taken back, is none. libFuzzer and the sanitizer each have a switch for it.
-        .args(["-rss_limit_mb=2048", "-detect_leaks=0"])
+        .args(["-rss_limit_mb=2048", "-detect_leaks=0", "-timeout=60"])
+        .arg(format!("-malloc_limit_mb={at_once}"))
         .env("ASAN_OPTIONS", "detect_leaks=0")
         .args(["-max_len=4096", "-len_control=0", "-print_final_stats=1"])
         .current_dir(&folder)

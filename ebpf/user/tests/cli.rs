@@ -15,7 +15,13 @@ fn blackout(arguments: &[&str]) -> Output {
 /// A recording of nothing; cut if it is not `finished`.
 fn recording(path: &Path, finished: bool) -> String {
     let mut writer: Writer<File> = Writer::create(path, Header::default()).unwrap();
-    writer.write(&Frame::Lost { at_ns: 1, count: 1 }).unwrap();
+    writer
+        .write(&Frame::Lost {
+            since_ns: 0,
+            at_ns: 1,
+            count: 1,
+        })
+        .unwrap();
     if finished {
         writer.finish(2).unwrap();
     } else {

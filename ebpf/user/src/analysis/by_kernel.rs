@@ -10,6 +10,7 @@ use super::clock::{self, Basis, Clock};
 use super::downtime;
 use super::kvm;
 use super::load::{Loaded, Process};
+use super::loss;
 use super::migration::{Migration, View};
 use super::party::{Party, Place, Side};
 use super::spans::Point;
@@ -158,12 +159,7 @@ fn join<'a>(gone: Vm<'a>, came: Vm<'a>) -> Migration<'a> {
     let downtime = downtime::measure_by_kernel(&source, &destination);
     let parties = [&source, &destination];
     let its = parties.into_iter().flat_map(its::operations).collect();
-    let lost_events = gone
-        .recording
-        .lost
-        .iter()
-        .filter(|(at_ns, _)| *at_ns >= begun_ns)
-        .fold(0u64, |sum, (_, count)| sum.saturating_add(*count));
+    let lost = loss::of([&source, &destination].into_iter(), end_ns);
     Migration {
         view: View::Kernel,
         id: None,
@@ -178,6 +174,6 @@ fn join<'a>(gone: Vm<'a>, came: Vm<'a>) -> Migration<'a> {
         wire: Vec::new(),
         downtime,
         its,
-        lost_events,
+        lost,
     }
 }

@@ -6,6 +6,7 @@ use std::iter::successors;
 use std::mem;
 use std::sync::Arc;
 
+use super::loss::{Loss, Losses};
 use super::spans::{self, Event, Meaning, Point, Problem, Span};
 use crate::recording::{
     Cost, Ending, Error, Frame, Header, Hit, Ioctl, KernelFn, Reader, Relation, VcpuEdges, VcpuGap,
@@ -21,8 +22,8 @@ pub struct Loaded {
     pub header: Header,
     /// Whether the recorder finished it.
     pub ending: Ending,
-    /// When events were found to be lost, and how many.
-    pub lost: Vec<(u64, u64)>,
+    /// When events were lost, and how many.
+    pub lost: Losses,
     /// What recording cost, where the recorder said so.
     pub cost: Option<Cost>,
     /// Hits of probes that the recording does not define: they cannot be read.
@@ -32,6 +33,14 @@ pub struct Loaded {
     pub joined: Option<(Header, Relation)>,
     /// The processes, by pid.
     pub processes: BTreeMap<u32, Process>,
+}
+
+/// What of a recording is understood only when all of it was read.
+#[derive(Default)]
+struct Open {
+    meanings: HashMap<u32, Arc<Meaning>>,
+    hits: HashMap<(u32, u32), Vec<Event>>,
+    lost: Vec<Loss>,
 }
 
 /// A process of a recording.
@@ -96,24 +105,22 @@ impl Loaded {
     pub fn read<R: Read>(name: String, mut reader: Reader<R>) -> Result<Vec<Self>, Error> {
         let mut loaded = Vec::new();
         let mut one = Self::new(&name);
-        let mut meanings = HashMap::new();
-        let mut hits: HashMap<(u32, u32), Vec<Event>> = HashMap::new();
+        let mut open = Open::default();
         let mut before = reader.ending();
         while let Some(frame) = reader.next() {
             let frame = frame?;
             if let Frame::Joined(relation) = frame {
                 let first = loaded.first().unwrap_or(&one).header.clone();
-                one.finish(before, mem::take(&mut hits));
+                one.finish(before, mem::take(&mut open));
                 let next = Self::new(&name);
                 loaded.push(mem::replace(&mut one, next));
                 one.joined = Some((first, relation));
-                meanings.clear();
             } else {
-                one.take(frame, &mut meanings, &mut hits);
+                one.take(frame, &mut open);
             }
             before = reader.ending();
         }
-        one.finish(reader.ending(), hits);
+        one.finish(reader.ending(), open);
         loaded.push(one);
         Ok(loaded)
     }
@@ -123,7 +130,7 @@ impl Loaded {
             name: name.to_owned(),
             header: Header::default(),
             ending: Ending::Finished,
-            lost: Vec::new(),
+            lost: Losses::default(),
             cost: None,
             undefined_hits: 0,
             joined: None,
@@ -131,9 +138,10 @@ impl Loaded {
         }
     }
 
-    fn finish(&mut self, ending: Ending, hits: HashMap<(u32, u32), Vec<Event>>) {
+    fn finish(&mut self, ending: Ending, open: Open) {
         self.ending = ending;
-        for ((pid, tid), events) in hits {
+        self.lost = Losses::new(open.lost);
+        for ((pid, tid), events) in open.hits {
             let paired = spans::pair(events);
             let thread = self.thread(pid, tid);
             (thread.spans, thread.points) = (paired.spans, paired.points);
@@ -150,19 +158,7 @@ impl Loaded {
         }
     }
 
-    /// All events that were lost.
-    pub fn lost_events(&self) -> u64 {
-        self.lost
-            .iter()
-            .fold(0, |sum, (_, count)| sum.saturating_add(*count))
-    }
-
-    fn take(
-        &mut self,
-        frame: Frame,
-        meanings: &mut HashMap<u32, Arc<Meaning>>,
-        hits: &mut HashMap<(u32, u32), Vec<Event>>,
-    ) {
+    fn take(&mut self, frame: Frame, open: &mut Open) {
         match frame {
             Frame::Header(header) => self.header = header,
             Frame::Process(process) => {
@@ -171,7 +167,7 @@ impl Loaded {
             }
             Frame::Thread(thread) => self.thread(thread.pid, thread.tid).name = thread.name,
             Frame::Probe(def) => {
-                meanings.insert(def.id, Arc::new(Meaning::of(&def)));
+                open.meanings.insert(def.id, Arc::new(Meaning::of(&def)));
             }
             Frame::Hit(Hit {
                 ts_ns,
@@ -179,10 +175,10 @@ impl Loaded {
                 tid,
                 probe,
                 args,
-            }) => match meanings.get(&probe) {
+            }) => match open.meanings.get(&probe) {
                 Some(meaning) => {
                     let meaning = Arc::clone(meaning);
-                    hits.entry((pid, tid)).or_default().push(Event {
+                    open.hits.entry((pid, tid)).or_default().push(Event {
                         ts_ns,
                         meaning,
                         values: args,
@@ -199,7 +195,15 @@ impl Loaded {
             Frame::VcpuEdges(edges) => self.thread(edges.pid, edges.tid).edges = Some(edges),
             Frame::VcpuGap(gap) => self.thread(gap.pid, gap.tid).gaps.push(gap),
             Frame::VcpuGuest(guest) => self.thread(guest.pid, guest.tid).guest.push(guest),
-            Frame::Lost { at_ns, count } => self.lost.push((at_ns, count)),
+            Frame::Lost {
+                since_ns,
+                at_ns,
+                count,
+            } => open.lost.push(Loss {
+                since_ns,
+                until_ns: at_ns,
+                count,
+            }),
             Frame::Cost(cost) => self.cost = Some(cost),
             Frame::Clock(_) | Frame::End { .. } | Frame::Joined(_) => {}
         }

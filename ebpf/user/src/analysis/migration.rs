@@ -14,6 +14,7 @@ use super::describe;
 use super::downtime::{self, Downtime};
 use super::its::{self, ItsOp};
 use super::load::{Loaded, Process};
+use super::loss;
 use super::order;
 use super::party::{Party, Place, Placed, Side};
 use super::spans::{Point, Problem, Span};
@@ -69,8 +70,8 @@ pub struct Migration<'a> {
     pub downtime: Downtime,
     /// What the interrupt controller's tables cost.
     pub its: Vec<ItsOp>,
-    /// Events that the recorder lost from its start until the next migration's.
-    pub lost_events: u64,
+    /// When events were lost that may have been of it.
+    pub lost: Vec<loss::Placed>,
 }
 
 impl<'a> Migration<'a> {
@@ -84,11 +85,17 @@ impl<'a> Migration<'a> {
         self.parties().next().map(|party| party.recording)
     }
 
+    /// How many events were lost that may have been of it.
+    pub fn lost_events(&self) -> u64 {
+        let counts = self.lost.iter().map(|loss| loss.count);
+        counts.fold(0, u64::saturating_add)
+    }
+
     /// What puts its figures in doubt, a sentence each; empty for a clean recording.
     pub fn doubts(&self) -> Vec<String> {
         let mut doubts = Vec::new();
-        if self.lost_events > 0 {
-            doubts.push(format!("{} events were lost", self.lost_events));
+        if self.lost_events() > 0 {
+            doubts.push(format!("{} events were lost", self.lost_events()));
         }
         doubts.extend(order::impossible(self));
         for party in self.parties() {
@@ -142,14 +149,8 @@ pub fn find(recordings: &[Loaded]) -> Vec<Migration<'_>> {
     let alone = incoming.iter().zip(&taken).filter(|(_, taken)| !**taken);
     pairs.extend(alone.map(|(end, _)| (None, Some(*end))));
     pairs.sort_by_key(|(source, destination)| source.or(*destination).map(|end| end.span.start_ns));
-    let starts: Vec<_> = pairs
-        .iter()
-        .filter_map(|(source, destination)| source.or(*destination))
-        .map(|end| end.span.start_ns)
-        .collect();
-    let next = |index: usize| starts.get(index + 1).copied().unwrap_or(u64::MAX);
-    let told = pairs.into_iter().enumerate();
-    let told = told.map(|(index, (source, destination))| join(source, destination, next(index)));
+    let told = pairs.into_iter();
+    let told = told.map(|(source, destination)| join(source, destination));
     told.chain(by_kernel::find(recordings)).collect()
 }
 
@@ -203,7 +204,7 @@ fn twin(source: &End<'_>, incoming: &[End<'_>], taken: &[bool]) -> Option<usize>
     nameless.next().is_none().then_some(index)
 }
 
-fn join<'a>(source: Option<End<'a>>, destination: Option<End<'a>>, next_ns: u64) -> Migration<'a> {
+fn join<'a>(source: Option<End<'a>>, destination: Option<End<'a>>) -> Migration<'a> {
     let clock = match (&source, &destination) {
         (Some(source), Some(destination)) => {
             let (from, to) = (source.span.start_ns, source.span.end_ns);
@@ -255,7 +256,12 @@ fn join<'a>(source: Option<End<'a>>, destination: Option<End<'a>>, next_ns: u64)
         let said = |end: Option<End<'a>>| Some(end?.span.end.as_ref()?.str(name)?.to_owned());
         said(source).or_else(|| said(destination))
     };
-    let lost_events = lost(source.or(destination), next_ns);
+    // The end that was not seen may be what was lost.
+    let seen = source
+        .iter()
+        .chain(&destination)
+        .all(|end| end.span.end.is_some());
+    let lost_until_ns = if seen { end_ns } else { i64::MAX };
     let id = source
         .and_then(|end| end.id)
         .or_else(|| destination.and_then(|end| end.id));
@@ -265,6 +271,7 @@ fn join<'a>(source: Option<End<'a>>, destination: Option<End<'a>>, next_ns: u64)
         .to_owned();
     let source = party(source, Side::Source, here);
     let destination = party(destination, Side::Destination, there);
+    let lost = loss::of(source.iter().chain(&destination), lost_until_ns);
     let wire = wire::segments(source.as_ref(), destination.as_ref());
     let downtime = downtime::measure(source.as_ref(), destination.as_ref(), &wire);
     let its = source
@@ -286,7 +293,7 @@ fn join<'a>(source: Option<End<'a>>, destination: Option<End<'a>>, next_ns: u64)
         wire,
         downtime,
         its,
-        lost_events,
+        lost,
     }
 }
 
@@ -304,19 +311,6 @@ fn start_of(source: &End<'_>) -> i64 {
         });
     let start_ns = asked.next().map_or(begun_ns, |span| span.start_ns);
     i64::try_from(start_ns).unwrap_or(i64::MAX)
-}
-
-/// The losses that were noticed from this migration's start to the next one's. A recorder notices
-/// a loss only after it happened, so this errs on the side of doubt.
-fn lost(end: Option<End<'_>>, next_ns: u64) -> u64 {
-    let Some(end) = end else { return 0 };
-    let range = end.span.start_ns..next_ns;
-    let lost = end
-        .recording
-        .lost
-        .iter()
-        .filter(|(at_ns, _)| range.contains(at_ns));
-    lost.fold(0, |sum, (_, count)| sum.saturating_add(*count))
 }
 
 /// What of a side's probes does not pair, a sentence for each way in which they do not.

@@ -11,6 +11,7 @@ pub mod downtime;
 pub mod its;
 pub mod kvm;
 pub mod load;
+pub mod loss;
 pub mod migration;
 mod order;
 pub mod party;
@@ -20,6 +21,7 @@ pub mod wire;
 
 pub use downtime::Downtime;
 pub use load::{Loaded, Process, Thread};
+pub use loss::{Loss, Losses};
 pub use migration::{Migration, View, find};
 pub use party::{Party, Placed, Side};
 pub use spans::{Args, Point, Problem, Span};

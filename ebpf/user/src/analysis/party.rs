@@ -217,6 +217,12 @@ impl<'a> Party<'a> {
             .filter(move |point| point.what.name() == name)
     }
 
+    /// Whether events were lost between the two times of its own clock, so that what ran then may
+    /// lack a part.
+    pub fn lost_during(&self, start_ns: u64, end_ns: u64) -> bool {
+        self.recording.lost.meet(start_ns, end_ns)
+    }
+
     fn thread_spans(
         &self,
         tid: u32,

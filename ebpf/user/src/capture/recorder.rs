@@ -50,6 +50,8 @@ pub struct Recorder {
     frames: Vec<Frame>,
     events: u64,
     lost: u64,
+    /// Until when nothing more than that was lost, ns.
+    whole_ns: u64,
     flushed: Instant,
     looked: Instant,
     /// While it is open the kernel counts the runs of programs and their time.
@@ -122,6 +124,7 @@ impl Recorder {
             frames: Vec::new(),
             events: 0,
             lost: 0,
+            whole_ns: clock::monotonic(),
             flushed: now,
             looked: now,
             // Not granted in a container, for one; the recording then does without the figure.
@@ -401,15 +404,18 @@ impl Recorder {
     }
 
     fn check_lost(&mut self) -> Result<(), Error> {
+        let before_ns = clock::monotonic();
         let lost = self.programs.lost()?;
         if lost > self.lost {
             let count = lost - self.lost;
             self.lost = lost;
             self.writer.write(&Frame::Lost {
+                since_ns: self.whole_ns,
                 at_ns: clock::monotonic(),
                 count,
             })?;
         }
+        self.whole_ns = before_ns;
         Ok(())
     }
 

@@ -1,4 +1,4 @@
-//! One row a span, ioctl and gap, for spreadsheets and data frames. Times are ns since the
+//! One row a span, ioctl, gap and loss of events, for spreadsheets and data frames. Times are ns since the
 //! migration's start; `inside_ns` is what of it lies in the downtime.
 
 use std::io::{self, Write};
@@ -20,6 +20,7 @@ struct Row<'a> {
     inside_ns: u64,
     depth: Option<u64>,
     rc: Option<i64>,
+    lossy: bool,
 }
 
 /// Writes all of `report`, with a head that names the columns.
@@ -59,6 +60,7 @@ fn one<W: Write>(rows: &mut csv::Writer<W>, migration: &Migration) -> Result<(),
             inside_ns: inside(span.start_ns, span.duration_ns),
             depth: Some(span.depth),
             rc: span.rc,
+            lossy: span.lossy,
         })?;
     }
     for ioctl in &migration.ioctls {
@@ -77,6 +79,7 @@ fn one<W: Write>(rows: &mut csv::Writer<W>, migration: &Migration) -> Result<(),
             inside_ns: inside(ioctl.start_ns, ioctl.duration_ns),
             depth: None,
             rc: Some(ioctl.rc),
+            lossy: ioctl.lossy,
         })?;
     }
     for gap in &migration.gaps {
@@ -92,6 +95,23 @@ fn one<W: Write>(rows: &mut csv::Writer<W>, migration: &Migration) -> Result<(),
             inside_ns: gap.duration_ns,
             depth: None,
             rc: None,
+            lossy: false,
+        })?;
+    }
+    for loss in &migration.losses {
+        rows.serialize(Row {
+            migration: id,
+            kind: "loss",
+            side: loss.side.to_string(),
+            name: "",
+            label: "",
+            detail: format!("events={}", loss.events),
+            start_ns: loss.start_ns,
+            duration_ns: loss.duration_ns,
+            inside_ns: inside(loss.start_ns, loss.duration_ns),
+            depth: None,
+            rc: None,
+            lossy: true,
         })?;
     }
     Ok(())

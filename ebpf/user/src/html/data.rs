@@ -20,6 +20,8 @@ struct Timeline<'a> {
     spans: Vec<Piece<'a>>,
     ioctls: Vec<Piece<'a>>,
     vcpus: Vec<(u64, i64, u64)>,
+    /// Begin and length of each loss of events.
+    losses: Vec<(i64, u64)>,
     /// What of it is not drawn.
     left: usize,
 }
@@ -34,6 +36,8 @@ struct Piece<'a> {
     took: u64,
     depth: u64,
     rc: Option<i64>,
+    /// Whether events were lost while it ran.
+    lossy: bool,
 }
 
 /// The migrations as JSON that can stand in a script element.
@@ -57,6 +61,7 @@ fn timeline(migration: &Migration) -> Timeline<'_> {
         took: span.duration_ns,
         depth: span.depth,
         rc: span.rc,
+        lossy: span.lossy,
     });
     let ioctls = migration.ioctls.iter().map(|ioctl| Piece {
         side: ioctl.side,
@@ -67,6 +72,7 @@ fn timeline(migration: &Migration) -> Timeline<'_> {
         took: ioctl.duration_ns,
         depth: 0,
         rc: Some(ioctl.rc),
+        lossy: ioctl.lossy,
     });
     let all = migration.spans.iter();
     let end = all.map(|span| span.start_ns.saturating_add_unsigned(span.duration_ns));
@@ -81,6 +87,12 @@ fn timeline(migration: &Migration) -> Timeline<'_> {
             .vcpus
             .iter()
             .map(|vcpu| (vcpu.index, vcpu.start_ns, vcpu.blackout_ns))
+            .collect(),
+        losses: migration
+            .losses
+            .iter()
+            .take(DRAWN)
+            .map(|loss| (loss.start_ns, loss.duration_ns))
             .collect(),
         left,
     }

@@ -107,6 +107,13 @@ fn one(out: &mut dyn Write, index: usize, migration: &Migration) -> io::Result<(
         writeln!(out, "<div><dt>{name}</dt><dd>{value}</dd></div>")?;
     }
     writeln!(out, "</dl>")?;
+    if !migration.losses.is_empty() {
+        writeln!(
+            out,
+            "<p class=\"quiet\">What ran while events were lost is marked ? and dashed: a part of it \
+             may be missing.</p>"
+        )?;
+    }
     for doubt in migration.error.iter().chain(&migration.doubts) {
         writeln!(out, "<p class=\"bad\">{}</p>", text(doubt))?;
     }

@@ -59,7 +59,7 @@ function rows(migration) {
     .map((span) => ({ ...span, y: Math.min(lane(lanes, span.at, span.at + span.took), 3) }));
   if (wire.length) groups.push({ title: 'wire', pieces: wire, height: Math.min(lanes.length, 4) });
   const vcpus = migration.vcpus.map(([index, at, took], y) =>
-    ({ side: 'guest', name: `vCPU ${index} dark`, detail: '', kind: 'dark', at, took, y, rc: null }));
+    ({ side: 'guest', name: `vCPU ${index} dark`, detail: '', kind: 'dark', at, took, y, rc: null, lossy: false }));
   if (vcpus.length) groups.push({ title: 'guest', pieces: vcpus, height: vcpus.length });
   return groups;
 }
@@ -123,6 +123,8 @@ function timeline(box, migration) {
     let y = 16;
     const window = migration.downtime
       ? make(svg, 'rect', { class: 'window', x: x(from), width: Math.max(x(from + length) - x(from), 1), y }) : null;
+    const losses = migration.losses.map(([at, took]) =>
+      make(svg, 'rect', { class: 'losses', x: x(at), width: Math.max(x(at + took) - x(at), 1), y }));
     // Ticks at round times since the stop.
     const step = 10 ** Math.floor(Math.log10((end - start) / (width / 110)));
     const tick = [1, 2, 5, 10].map((n) => n * step).find((n) => n / (end - start) * width > 90);
@@ -142,7 +144,7 @@ function timeline(box, migration) {
         const bad = piece.rc !== null && piece.rc < 0;
         const top = y + piece.y * ROW;
         const rect = make(svg, 'rect', {
-          class: `${bad ? 'bad' : piece.kind}${piece === chosen ? ' hit' : ''}`,
+          class: `${bad ? 'bad' : piece.kind}${piece.lossy ? ' lossy' : ''}${piece === chosen ? ' hit' : ''}`,
           x: left, y: top, width: size, height: ROW - 2, rx: 2,
         });
         rect.piece = piece;
@@ -156,7 +158,7 @@ function timeline(box, migration) {
       }
       y += height * ROW;
     }
-    window?.setAttribute('height', y - 16);
+    for (const rect of [window, ...losses]) rect?.setAttribute('height', y - 16);
     for (const line of lines) line.setAttribute('y2', y);
     svg.setAttribute('viewBox', `0 0 ${width} ${y + 4}`);
     svg.setAttribute('height', y + 4);
@@ -166,6 +168,7 @@ function timeline(box, migration) {
     said.textContent = piece
       ? `${piece.side}: ${piece.name}${piece.detail ? ` (${piece.detail})` : ''}: ${time(piece.took)}, `
         + `${time(piece.at - from)} after the stop${piece.rc ? `, rc ${piece.rc}` : ''}`
+        + (piece.lossy ? '; events were lost while it ran' : '')
       : hint;
     draw();
   }

@@ -51,15 +51,20 @@ pub(super) fn breakdown(out: &mut dyn Write, migration: &Migration) -> io::Resul
         let known: Vec<_> = label.split(' ').collect();
         let rest = span.detail.split(' ').filter(|word| !known.contains(word));
         let rest = rest.collect::<Vec<_>>().join(" ");
-        let class = if span.rc.is_some_and(|rc| rc < 0) {
-            "bad"
+        let class = match (span.rc, span.lossy) {
+            (Some(..0), _) => "bad",
+            (_, true) => "lossy",
+            _ => "",
+        };
+        let mark = if span.lossy {
+            " <abbr title=\"events were lost while it ran\">?</abbr>"
         } else {
             ""
         };
         writeln!(
             out,
             "<tr class=\"{class}\"><td style=\"padding-left:{:.1}em\">{} <span class=\"quiet\">{}</span>\
-             </td><td>{}</td><td>{}</td><td class=\"wide\"><div class=\"place\">\
+             {mark}</td><td>{}</td><td>{}</td><td class=\"wide\"><div class=\"place\">\
              <i style=\"left:{:.3}%;width:{:.3}%\"></i></div></td></tr>",
             indent(span.depth),
             text(label),

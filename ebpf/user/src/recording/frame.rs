@@ -28,6 +28,8 @@ pub enum Frame {
     VcpuGuest(VcpuGuest),
     /// Events were lost.
     Lost {
+        /// Since when: until then, all that there was arrived. 0 where the recorder does not say.
+        since_ns: u64,
         /// When the loss was noticed.
         at_ns: u64,
         /// How many events were lost since the last such frame.

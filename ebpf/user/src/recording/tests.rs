@@ -90,6 +90,7 @@ fn frames() -> Vec<Frame> {
             entered_ns: Some(642),
         }),
         Frame::Lost {
+            since_ns: 1_200,
             at_ns: 2_000,
             count: 9,
         },

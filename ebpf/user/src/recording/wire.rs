@@ -60,6 +60,7 @@ pub(super) enum Wire<'a> {
         delta: i64,
         duration: u64,
     },
+    /// As recordings of old have it; [`Wire::LostSince`] is what is written.
     Lost {
         delta: i64,
         count: u64,
@@ -75,6 +76,11 @@ pub(super) enum Wire<'a> {
         entered: Option<i64>,
     },
     Joined(Relation),
+    LostSince {
+        delta: i64,
+        duration: u64,
+        count: u64,
+    },
 }
 
 /// The writer's half of the coding.
@@ -171,8 +177,13 @@ impl Encoder {
                 left: guest.left_ns.map(|left| self.delta(left)),
                 entered: guest.entered_ns.map(|entered| self.delta(entered)),
             },
-            Frame::Lost { at_ns, count } => Wire::Lost {
+            Frame::Lost {
+                since_ns,
+                at_ns,
+                count,
+            } => Wire::LostSince {
                 delta: self.delta(*at_ns),
+                duration: at_ns.wrapping_sub(*since_ns),
                 count: *count,
             },
             Frame::Clock(clock) => Wire::Clock(*clock),
@@ -348,9 +359,22 @@ impl Decoder {
                 })
             }
             Wire::Lost { delta, count } => Frame::Lost {
+                since_ns: 0,
                 at_ns: self.time(delta),
                 count,
             },
+            Wire::LostSince {
+                delta,
+                duration,
+                count,
+            } => {
+                let at_ns = self.time(delta);
+                Frame::Lost {
+                    since_ns: at_ns.wrapping_sub(duration),
+                    at_ns,
+                    count,
+                }
+            }
             Wire::Clock(clock) => Frame::Clock(clock),
             Wire::Cost(cost) => Frame::Cost(cost),
             Wire::End { delta } => Frame::End {

@@ -57,6 +57,9 @@ pub struct Migration {
     pub clock: Option<Clock>,
     /// Events that the recorder lost.
     pub lost_events: u64,
+    /// When it lost them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub losses: Vec<Loss>,
     /// The hosts that were recorded: the source's, then the destination's if that is another one.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub hosts: Vec<Host>,
@@ -122,6 +125,9 @@ pub struct Span {
     pub depth: u64,
     /// Its result: 0 or a negative errno; `null` if it has none or did not end.
     pub rc: Option<i64>,
+    /// Whether events were lost while it ran: what was inside it may be missing.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub lossy: bool,
 }
 
 /// One KVM ioctl.
@@ -143,6 +149,22 @@ pub struct Ioctl {
     pub duration_ns: u64,
     /// What it returned.
     pub rc: i64,
+    /// Whether events were lost while it ran.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub lossy: bool,
+}
+
+/// Events that found no room.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize, JsonSchema)]
+pub struct Loss {
+    /// Whose recorder lost them; the source's, where one recorded both sides.
+    pub side: Side,
+    /// When all before it was known to have arrived.
+    pub start_ns: i64,
+    /// How long after that the loss was noticed.
+    pub duration_ns: u64,
+    /// How many.
+    pub events: u64,
 }
 
 /// One save or restore of tables.
@@ -225,6 +247,12 @@ impl Migration {
             before: gap.before.clone(),
             within: gap.within.clone(),
         });
+        let losses = from.lost.iter().map(|loss| Loss {
+            side: loss.side,
+            start_ns: loss.start_ns,
+            duration_ns: length((loss.start_ns, loss.end_ns)),
+            events: loss.count,
+        });
         let vcpus = downtime.vcpus.iter().map(|vcpu| Vcpu {
             index: vcpu.index,
             blackout_ns: length((vcpu.start_ns, vcpu.end_ns)),
@@ -246,7 +274,8 @@ impl Migration {
                 offset_ns: from.clock.offset_ns,
                 basis: from.clock.basis,
             }),
-            lost_events: from.lost_events,
+            lost_events: from.lost_events(),
+            losses: losses.collect(),
             hosts: hosts(from),
             spans: from
                 .parties()
@@ -290,6 +319,7 @@ fn spans(party: &Party<'_>) -> impl Iterator<Item = Span> {
         duration_ns: span.duration_ns(),
         depth: span.what.depth as u64,
         rc: span.what.rc(),
+        lossy: party.lost_during(span.what.start_ns, span.what.end_ns),
     })
 }
 
@@ -313,6 +343,7 @@ fn messages(from: &migration::Migration<'_>) -> impl Iterator<Item = Span> {
             duration_ns: segment.duration_ns(),
             depth: 0,
             rc: None,
+            lossy: false,
         })
 }
 
@@ -326,5 +357,6 @@ fn ioctls(party: &Party<'_>) -> impl Iterator<Item = Ioctl> {
         start_ns: ioctl.start_ns,
         duration_ns: ioctl.duration_ns(),
         rc: ioctl.what.ret,
+        lossy: party.lost_during(ioctl.what.enter_ns, ioctl.what.exit_ns),
     })
 }

@@ -26,6 +26,9 @@ const NAME: usize = 48;
 /// Columns in which a span's place in the downtime is drawn, or its failure is named.
 const PLACE: usize = WIDTH - NAME - 20;
 
+/// Marks what ran while events were lost: a part of it may be missing.
+const LOSSY: char = '?';
+
 /// So many gaps are listed one by one.
 const GAPS: usize = 5;
 
@@ -184,7 +187,8 @@ fn line(out: &mut dyn Write, row: &Row) -> io::Result<()> {
             .map(|(start, end)| bars::place(start, end, PLACE))
             .unwrap_or_default(),
     };
-    let line = format!("{line} {place}");
+    let mark = if row.lossy { LOSSY } else { ' ' };
+    let line = format!("{line}{mark}{place}");
     writeln!(out, "{:indent$}{style}{}{style:#}", "", line.trim_end())
 }
 
@@ -290,13 +294,13 @@ fn figures(out: &mut dyn Write, migration: &Migration<'_>) -> io::Result<()> {
     }
     gaps(out, migration)?;
     clock(out, migration)?;
-    let lost = migration.lost_events;
-    figure(
-        out,
-        "lost",
-        &lost.to_string(),
-        if lost == 1 { "event" } else { "events" },
-    )?;
+    let lost = migration.lost_events();
+    let what = match lost {
+        0 => "events".to_owned(),
+        1 => format!("event; what ran meanwhile is marked {LOSSY}"),
+        _ => format!("events; what ran meanwhile is marked {LOSSY}"),
+    };
+    figure(out, "lost", &lost.to_string(), &what)?;
     for doubt in migration.doubts() {
         writeln!(
             out,

@@ -28,6 +28,8 @@ pub(super) struct Row {
     pub(super) failure: Option<String>,
     /// How it is to be read.
     pub(super) tone: Tone,
+    /// Whether events were lost meanwhile, so that it may lack a part.
+    pub(super) lossy: bool,
 }
 
 /// How a line is to be read.
@@ -51,14 +53,14 @@ pub(super) fn rows(party: &Party<'_>, bounds: Option<Bounds>) -> Vec<Row> {
     while let Some(rest) = party.spans.get(index..).filter(|rest| !rest.is_empty()) {
         let alike = alike(rest);
         let run = rest.get(..alike).unwrap_or_default();
-        rows.extend(span_row(run, bounds));
+        rows.extend(span_row(party, run, bounds));
         let ioctls: Vec<_> = (index..index + alike)
             .filter_map(|index| kernel.get(&index))
             .flatten()
             .copied()
             .collect();
         let depth = run.first().map_or(0, |span| span.what.depth + 1);
-        rows.extend(kernel_row(&ioctls, depth, bounds));
+        rows.extend(kernel_row(party, &ioctls, depth, bounds));
         index += alike;
     }
     rows
@@ -68,7 +70,7 @@ pub(super) fn rows(party: &Party<'_>, bounds: Option<Bounds>) -> Vec<Row> {
 pub(super) fn ioctl_rows(party: &Party<'_>, bounds: Option<Bounds>) -> Vec<Row> {
     let runs = runs(party, bounds, |_| true);
     runs.iter()
-        .filter_map(|run| kernel_row(run, 0, bounds))
+        .filter_map(|run| kernel_row(party, run, 0, bounds))
         .collect()
 }
 
@@ -116,16 +118,20 @@ pub(super) fn foreign_rows(party: &Party<'_>, bounds: Option<Bounds>) -> Vec<Row
             let Some(first) = run.first() else { continue };
             while let Some(span) = spans.next_if(|span| span.start_ns <= first.start_ns) {
                 open.retain(|end_ns| *end_ns > span.start_ns);
-                rows.extend(span_row(&[*span], bounds));
+                rows.extend(span_row(party, &[*span], bounds));
                 open.push(span.end_ns);
             }
             open.retain(|end_ns| *end_ns > first.start_ns);
-            rows.extend(kernel_row(&run, open.len(), bounds));
+            rows.extend(kernel_row(party, &run, open.len(), bounds));
         }
-        rows.extend(spans.filter_map(|span| span_row(&[*span], bounds)));
+        rows.extend(spans.filter_map(|span| span_row(party, &[*span], bounds)));
     }
     let others = runs(party, bounds, |one| !tids.contains(&one));
-    rows.extend(others.iter().filter_map(|run| kernel_row(run, 0, bounds)));
+    rows.extend(
+        others
+            .iter()
+            .filter_map(|run| kernel_row(party, run, 0, bounds)),
+    );
     rows
 }
 
@@ -153,7 +159,7 @@ fn alike(rest: &[Placed<'_, Span>]) -> usize {
     }
 }
 
-fn span_row(run: &[Placed<'_, Span>], bounds: Option<Bounds>) -> Option<Row> {
+fn span_row(party: &Party<'_>, run: &[Placed<'_, Span>], bounds: Option<Bounds>) -> Option<Row> {
     let (first, last) = (run.first()?.what, run.last()?.what);
     let failed = first.rc().is_some_and(|rc| rc < 0);
     let failure = match (&first.end, first.rc()) {
@@ -181,10 +187,18 @@ fn span_row(run: &[Placed<'_, Span>], bounds: Option<Bounds>) -> Option<Row> {
         place: place(run, bounds),
         failure,
         tone,
+        lossy: run
+            .iter()
+            .any(|span| party.lost_during(span.what.start_ns, span.what.end_ns)),
     })
 }
 
-fn kernel_row(ioctls: &[Placed<'_, Ioctl>], depth: usize, bounds: Option<Bounds>) -> Option<Row> {
+fn kernel_row(
+    party: &Party<'_>,
+    ioctls: &[Placed<'_, Ioctl>],
+    depth: usize,
+    bounds: Option<Bounds>,
+) -> Option<Row> {
     let first = ioctls.first()?.what;
     let name = describe::ioctl(first);
     let times = if ioctls.len() > 1 {
@@ -201,6 +215,9 @@ fn kernel_row(ioctls: &[Placed<'_, Ioctl>], depth: usize, bounds: Option<Bounds>
         place: place(ioctls, bounds),
         failure: (worst < 0).then(|| describe::errno(worst)),
         tone: if worst < 0 { Tone::Bad } else { Tone::Kernel },
+        lossy: ioctls
+            .iter()
+            .any(|ioctl| party.lost_during(ioctl.what.enter_ns, ioctl.what.exit_ns)),
     })
 }
 

@@ -313,6 +313,7 @@ mod tests {
             exe: String::new(),
         }));
         model.see(&Frame::Lost {
+            since_ns: 0,
             at_ns: 1_000_000_000,
             count: 3,
         });

@@ -206,7 +206,11 @@ mod tests {
         let pid = 4711;
         let (comm, exe) = ("blackout-vmm".to_owned(), String::new());
         model.see(&Recorded::Process(Process { pid, comm, exe }));
-        model.see(&Recorded::Lost { at_ns: 1, count: 5 });
+        model.see(&Recorded::Lost {
+            since_ns: 0,
+            at_ns: 1,
+            count: 5,
+        });
         let edges = |runs| {
             let tid = 1;
             Recorded::VcpuEdges(VcpuEdges {

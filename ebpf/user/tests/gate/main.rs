@@ -31,6 +31,7 @@ fn migration(handler: u64, load: u64) -> Migration {
         duration_ns,
         depth,
         rc: Some(0),
+        lossy: false,
     };
     let (source, destination) = (Side::Source, Side::Destination);
     let stop = 10_000 + handler;
@@ -50,6 +51,7 @@ fn migration(handler: u64, load: u64) -> Migration {
         clock_error_ns: Some(0),
         clock: None,
         lost_events: 0,
+        losses: Vec::new(),
         hosts: vec![host("6.12.1")],
         spans: vec![
             span(source, "migrate", "", 0, 2_000_000 + downtime_ns, 0),

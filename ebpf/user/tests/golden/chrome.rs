@@ -53,6 +53,11 @@ fn the_trace_of_two_hosts() {
 }
 
 #[test]
+fn the_trace_of_a_lossy_recording() {
+    check("lossy.trace.json", &trace(&[scenarios::lossy()]));
+}
+
+#[test]
 fn perfetto_finds_no_error_in_any_trace() {
     let of_tapes = [
         &[scenarios::completed()][..],

@@ -105,6 +105,14 @@ fn a_lossy_recording_says_so() {
     let report = golden("lossy", &[scenarios::lossy()]);
     let migration = &report.migrations[0];
     assert_eq!(migration.lost_events, 3);
+    // What was over before the stop is whole; what was open or came then may not be.
+    let stop_ns = migration.downtime_start_ns.unwrap();
+    let mut spans = migration.spans.iter().filter(|span| span.name != "channel");
+    assert!(spans.all(|span| {
+        let over_ns = span.start_ns.saturating_add_unsigned(span.duration_ns);
+        span.lossy == (over_ns >= stop_ns)
+    }));
+    assert!(migration.spans.iter().any(|span| !span.lossy));
     assert!(
         migration
             .doubts

@@ -122,7 +122,7 @@ pub(crate) fn its_save_fails() -> Tape {
 }
 
 /// `completed`, but one end probe was lost, the begins of another as well, and the recorder said
-/// so. And two ioctls of one thread overlap, as they cannot.
+/// that from the stop on there was no room. And two ioctls of one thread overlap, as they cannot.
 pub(crate) fn lossy() -> Tape {
     let mut tape = completed();
     let qmp = Task {
@@ -134,7 +134,7 @@ pub(crate) fn lossy() -> Tape {
     });
     tape.function(qmp, "vgic_v3_attr_regs_access", 5, &[]);
     tape.overlap_us(8);
-    tape.lose(3);
+    tape.lose(tape.time_of(SOURCE, "migration_stop_vm_begin"), 3);
     tape.without(SOURCE, "drain_end")
         .without(DESTINATION, "ram_load_begin")
 }

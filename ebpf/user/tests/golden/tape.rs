@@ -302,12 +302,23 @@ impl Tape {
         }));
     }
 
-    /// Events were lost.
-    pub(crate) fn lose(&mut self, count: u64) {
+    /// Events were lost since `since_ns`.
+    pub(crate) fn lose(&mut self, since_ns: u64, count: u64) {
         self.frames.push(Frame::Lost {
+            since_ns,
             at_ns: self.now_ns,
             count,
         });
+    }
+
+    /// When the probe called `name` first fired on `pid`.
+    pub(crate) fn time_of(&self, pid: u32, name: &str) -> u64 {
+        let id = probes::probe_id(name).map(u32::from);
+        let at = self.frames.iter().find_map(|frame| match frame {
+            Frame::Hit(hit) if hit.pid == pid && Some(hit.probe) == id => Some(hit.ts_ns),
+            _ => None,
+        });
+        at.unwrap_or_else(|| panic!("{name} did not fire"))
     }
 
     /// What recording cost.
@@ -369,7 +380,9 @@ impl Tape {
                     &mut edges.last_enter_ns,
                     &mut edges.last_exit_ns,
                 ],
-                Frame::Lost { at_ns, .. } => vec![at_ns],
+                Frame::Lost {
+                    since_ns, at_ns, ..
+                } => vec![since_ns, at_ns],
                 _ => Vec::new(),
             };
             for time in times {

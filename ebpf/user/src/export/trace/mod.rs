@@ -26,6 +26,9 @@ pub const KERNEL_ROW: u64 = 1 << 30;
 /// Added to a vCPU thread's tid: the row of its stays in KVM_RUN. Perfetto's tids have 31 bits.
 pub const GUEST_ROW: u64 = 3 << 29;
 
+/// The phases of a migration: itself, its downtime, its blackout.
+const PHASES: u64 = 3;
+
 /// A trace format.
 pub(super) trait Sink {
     /// Begins a trace whose zero is `origin_ns` on the first recording's clock. `other` is what a
@@ -51,9 +54,14 @@ pub(super) fn write(
     for (index, recording) in recordings.iter().enumerate() {
         rows::write(&mut events, &hosts, index, recording, migrations)?;
     }
-    for (number, migration) in (0..).zip(migrations) {
+    let mut number = 0;
+    for migration in migrations {
         phases(&mut events, &hosts, migration, number)?;
         messages(&mut events, &hosts, migration)?;
+        number += PHASES;
+    }
+    for (index, recording) in recordings.iter().enumerate() {
+        losses(&mut events, &hosts, (index, recording), &mut number)?;
     }
     events.sink.end()
 }
@@ -96,12 +104,12 @@ fn other_data(hosts: &Hosts, recordings: &[Loaded]) -> Value {
             "offset_ns": clock.offset_ns,
             "error_ns": clock.error_ns,
             "basis": clock.basis,
-            "lost_events": recording.lost_events(),
+            "lost_events": recording.lost.events(),
         })
     });
     let lost = recordings
         .iter()
-        .fold(0u64, |sum, one| sum.saturating_add(one.lost_events()));
+        .fold(0u64, |sum, one| sum.saturating_add(one.lost.events()));
     json!({
         "tool": format!("blackout {}", env!("CARGO_PKG_VERSION")),
         "clock": "CLOCK_MONOTONIC of the first recording's host",
@@ -109,6 +117,35 @@ fn other_data(hosts: &Hosts, recordings: &[Loaded]) -> Value {
         "recordings": clocks.collect::<Vec<_>>(),
         "lost_events": lost,
     })
+}
+
+/// When events were lost, as phases of the recording's first process: slices that lack a part say so
+/// by `lossy`.
+fn losses<S: Sink>(
+    events: &mut Events<'_, S>,
+    hosts: &Hosts,
+    (index, recording): (usize, &Loaded),
+    number: &mut u64,
+) -> io::Result<()> {
+    let Some(pid) = recording.processes.keys().next() else {
+        return Ok(());
+    };
+    let pid = hosts.pid(recording, *pid);
+    for loss in recording.lost.iter() {
+        let args = Args::from_iter([("events".to_owned(), loss.count.into())]);
+        let start = hosts.at(index, loss.since_ns).max(0);
+        let end = hosts.at(index, loss.until_ns).max(start);
+        events.put(&Event::phase_begin(
+            "events lost",
+            pid,
+            start,
+            *number,
+            args,
+        ))?;
+        events.put(&Event::phase_end("events lost", pid, end, *number))?;
+        *number += 1;
+    }
+    Ok(())
 }
 
 /// The migration, its downtime and its blackout, as phases of the side that the axis follows.
@@ -135,7 +172,7 @@ fn phases<S: Sink>(
             describe::printable(&migration.status).into(),
         ),
         ("explained".to_owned(), downtime.explained.into()),
-        ("lost_events".to_owned(), migration.lost_events.into()),
+        ("lost_events".to_owned(), migration.lost_events().into()),
     ]);
     let doubts = migration.doubts();
     if !doubts.is_empty() {
@@ -149,7 +186,7 @@ fn phases<S: Sink>(
     ];
     for (index, (name, range, args)) in (0..).zip(phases) {
         let Some((start, end)) = range else { continue };
-        let id = number * 3 + index;
+        let id = number + index;
         let at = |ns| hosts.on_axis(party, ns);
         events.put(&Event::phase_begin(name, pid, at(start), id, args))?;
         events.put(&Event::phase_end(name, pid, at(end.max(start)), id))?;

@@ -87,7 +87,7 @@ fn threads<S: Sink>(
                 category(span.meaning.hop),
                 track,
                 range,
-                span_args(span),
+                span_args(span, recording.lost.meet(span.start_ns, span.end_ns)),
             ))?;
         }
         for point in &thread.points {
@@ -100,7 +100,7 @@ fn threads<S: Sink>(
                 named(&point.args),
             ))?;
         }
-        kernel_row(events, thread, track, at)?;
+        kernel_row(events, (recording, thread), track, at)?;
         guest_row(events, (recording, thread), guest(track), at)?;
     }
     Ok(())
@@ -132,7 +132,7 @@ fn has_runs(thread: &Thread) -> bool {
 /// or an event went wrong, is cut at the end of what it is in, so that slices nest.
 fn kernel_row<S: Sink>(
     events: &mut Events<'_, S>,
-    thread: &Thread,
+    (recording, thread): (&Loaded, &Thread),
     track: Track,
     at: impl Fn(u64) -> i64,
 ) -> io::Result<()> {
@@ -151,7 +151,8 @@ fn kernel_row<S: Sink>(
         while open.pop_if(|end| *end <= enter).is_some() {}
         let exit = open.last().map_or(exit, |end| exit.min(*end));
         open.push(exit);
-        let (name, args) = what.describe();
+        let (name, mut args) = what.describe();
+        mark(&mut args, recording.lost.meet(enter, exit));
         events.put(&Event::slice(
             &name,
             "kernel",
@@ -257,8 +258,9 @@ fn category(hop: u8) -> &'static str {
     }
 }
 
-fn span_args(span: &Span) -> Args {
+fn span_args(span: &Span, lossy: bool) -> Args {
     let mut args = named(&span.begin);
+    mark(&mut args, lossy);
     match &span.end {
         Some(end) => args.extend(named(end)),
         None => drop(args.insert("unfinished".to_owned(), true.into())),
@@ -267,6 +269,13 @@ fn span_args(span: &Span) -> Args {
         args.insert("errno".to_owned(), describe::errno(rc).into());
     }
     args
+}
+
+/// Says of a slice that events were lost while it was open.
+fn mark(args: &mut Args, lossy: bool) {
+    if lossy {
+        args.insert("lossy".to_owned(), true.into());
+    }
 }
 
 fn named(args: &spans::Args) -> Args {
