@@ -224,6 +224,7 @@ impl Input<'_> {
                 entered_ns: self.maybe(Self::moment),
             }),
             12 => Frame::Lost {
+                since_ns: self.moment(),
                 at_ns: self.moment(),
                 count: self.number(),
             },
