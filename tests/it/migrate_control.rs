@@ -17,14 +17,19 @@ fn small() -> VmmOptions {
 }
 
 fn wait_status(running: &mut Running, wanted: &str) -> Result<Value> {
+    wait_until(running, |answer| answer["status"] == wanted)
+}
+
+/// Asks until the answer to `query-migrate` is as `wanted`.
+fn wait_until(running: &mut Running, wanted: impl Fn(&Value) -> bool) -> Result<Value> {
     let until = Instant::now() + LIMIT;
     loop {
         let answer = running.vmm.qmp.execute("query-migrate", Value::Null)?;
-        if answer["status"] == wanted {
+        if wanted(&answer) {
             return Ok(answer);
         }
         if Instant::now() > until {
-            bail!("not {wanted}: {answer}");
+            bail!("never what is waited for: {answer}");
         }
         thread::sleep(Duration::from_millis(5));
     }
@@ -99,4 +104,70 @@ fn a_downtime_limit_can_be_set_while_a_migration_runs() -> Result<()> {
     let answer = source.vmm.qmp.wait_migrated(LIMIT)?;
     ensure!(answer["status"] == "completed", "{answer}");
     destination.runs()
+}
+
+/// How far the guest gets in a while.
+fn progress(running: &Running) -> u64 {
+    let before = running.guest.counter(0);
+    thread::sleep(Duration::from_millis(500));
+    running.guest.counter(0) - before
+}
+
+#[test]
+fn a_guest_that_does_not_converge_is_slowed_down_while_it_migrates() -> Result<()> {
+    let mut source = Running::boot(&small())?;
+    let destination = Running::wait_for(&small())?;
+    let auto_converge = json!([{ "capability": "auto-converge", "state": true }]);
+    let qmp = &mut source.vmm.qmp;
+    qmp.execute(
+        "migrate-set-capabilities",
+        json!({ "capabilities": auto_converge }),
+    )?;
+    // Nothing fits no limit, however little the guest runs.
+    let slow = json!({ "max-bandwidth": 2 << 20, "downtime-limit": 0,
+        "cpu-throttle-initial": 80, "max-cpu-throttle": 80 });
+    qmp.execute("migrate-set-parameters", slow)?;
+    let freely = progress(&source);
+    source
+        .vmm
+        .qmp
+        .execute("migrate", json!({ "uri": destination.uri() }))?;
+    let throttled = wait_until(&mut source, |answer| {
+        !answer["cpu-throttle-percentage"].is_null()
+    })?;
+    ensure!(
+        throttled["cpu-throttle-percentage"].as_u64() == Some(80),
+        "{throttled}"
+    );
+    let slowly = progress(&source);
+    ensure!(
+        0 < slowly && slowly < freely / 2,
+        "{slowly} instead of {freely}"
+    );
+
+    source.vmm.qmp.execute("migrate_cancel", Value::Null)?;
+    let answer = source.vmm.qmp.wait_migrated(LIMIT)?;
+    ensure!(
+        answer["cpu-throttle-percentage"].is_null(),
+        "the guest is slowed down still: {answer}"
+    );
+    let again = progress(&source);
+    ensure!(again > slowly, "{again} after {slowly}");
+    Ok(())
+}
+
+#[test]
+fn a_migration_that_takes_too_long_is_given_up() -> Result<()> {
+    let mut source = Running::boot(&small())?;
+    let destination = Running::wait_for(&small())?;
+    let qmp = &mut source.vmm.qmp;
+    // So slow that not even the first round ends in time.
+    let slow = json!({ "max-bandwidth": 10_000, "migration-timeout": 1 });
+    qmp.execute("migrate-set-parameters", slow)?;
+    qmp.execute("migrate", json!({ "uri": destination.uri() }))?;
+    let answer = qmp.wait_migrated(LIMIT)?;
+    ensure!(answer["status"] == "failed", "{answer}");
+    let reason = answer["error-desc"].as_str().unwrap_or_default();
+    ensure!(reason.contains("migration-timeout, 1 s"), "{answer}");
+    source.runs()
 }

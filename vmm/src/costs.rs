@@ -25,9 +25,21 @@ pub(crate) const DEVICE_SAVE: &str = "device_save";
 pub(crate) struct Costs {
     /// By the span's name, and its device's where it has one.
     pub(crate) parts: BTreeMap<String, Recent>,
-    /// What was left of the downtime, besides the parts and what pages were expected to take: the way
-    /// over the connection, the destination's loads, and its start. Empty before the first migration.
+    /// What the pages were that the stop sent.
+    pub(crate) ram: Ram,
+    /// What was left of the downtime, besides the parts and the pages: the way over the connection, the
+    /// destination's loads, and its start. Empty before the first migration.
     pub(crate) rest: Recent,
+}
+
+/// What the last few stops had to do for the guest's RAM. Rounds do not tell it: they share the host's CPUs
+/// with the guest, and what it writes between the last of them and the stop comes on top.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+pub(crate) struct Ram {
+    /// Nanoseconds to send a MiB, where there was enough of it to tell.
+    pub(crate) mib: Recent,
+    /// Bytes that were dirtied after the last round had looked.
+    pub(crate) late_bytes: Recent,
 }
 
 impl Costs {
@@ -50,7 +62,7 @@ impl Costs {
         let parts = sums.into_iter().map(|(name, ns)| (name, Recent::one(ns)));
         Costs {
             parts: parts.collect(),
-            rest: Recent::default(),
+            ..Costs::default()
         }
     }
 
@@ -63,12 +75,14 @@ impl Costs {
                 self.parts.insert(name.clone(), recent.clone());
             }
         }
+        self.ram.mib.learn(&measured.ram.mib);
+        self.ram.late_bytes.learn(&measured.ram.late_bytes);
         self.rest.learn(&measured.rest);
     }
 
     /// The sum of the parts, without the rest.
     pub(crate) fn parts_ns(&self) -> u64 {
-        let parts = self.parts.values().map(Recent::ns);
+        let parts = self.parts.values().map(Recent::median);
         parts.fold(0, u64::saturating_add)
     }
 
@@ -80,21 +94,22 @@ impl Costs {
     /// Whether this may be kept: a peer that sends it may be hostile.
     pub(crate) fn is_sane(&self) -> bool {
         let named = |name: &String| name.len() <= MAX_NAME;
+        let others = [&self.ram.mib, &self.ram.late_bytes, &self.rest];
         self.parts.len() <= MAX_PARTS
             && self.parts.keys().all(named)
-            && self.parts.values().chain([&self.rest]).all(Recent::is_sane)
+            && self.parts.values().chain(others).all(Recent::is_sane)
     }
 }
 
-/// What something took the last few times, ns, the last time last. It is expected to take the median:
-/// a stop during which the host had something else to do says nothing of the next one.
+/// What something took the last few times, the last time last; ns, if nothing else is said. It is expected
+/// to take the median: a stop during which the host had something else to do says nothing of the next one.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub(crate) struct Recent(Vec<u64>);
 
 impl Recent {
     /// Measured once.
-    pub(crate) fn one(ns: u64) -> Self {
-        Recent(vec![ns])
+    pub(crate) fn one(value: u64) -> Self {
+        Recent(vec![value])
     }
 
     /// Whether it was never measured.
@@ -103,7 +118,7 @@ impl Recent {
     }
 
     /// What it is expected to take; 0 if it was never measured.
-    pub(crate) fn ns(&self) -> u64 {
+    pub(crate) fn median(&self) -> u64 {
         let mut sorted = self.0.clone();
         sorted.sort_unstable();
         // Of an even number, the lower one: what a thing costs is its least, the rest is disturbance.
@@ -114,7 +129,7 @@ impl Recent {
     }
 
     /// The least it took lately; 0 if it was never measured.
-    pub(crate) fn least_ns(&self) -> u64 {
+    pub(crate) fn least(&self) -> u64 {
         self.0.iter().min().copied().unwrap_or(0)
     }
 
@@ -164,6 +179,7 @@ mod tests {
         Costs {
             parts: parts.collect(),
             rest: Recent(rest.to_vec()),
+            ..Costs::default()
         }
     }
 
@@ -200,14 +216,14 @@ mod tests {
         let mut known = costs(&[("a", 10), ("b", 4)], &[]);
         known.learn(&costs(&[("a", 2000), ("c", 1)], &[7]));
         known.learn(&costs(&[("a", 12)], &[9]));
-        assert_eq!(known.parts["a"].ns(), 12);
-        assert_eq!(known.parts["a"].least_ns(), 10);
-        assert_eq!((known.parts_ns(), known.rest.ns()), (12 + 4 + 1, 7));
+        assert_eq!(known.parts["a"].median(), 12);
+        assert_eq!(known.parts["a"].least(), 10);
+        assert_eq!((known.parts_ns(), known.rest.median()), (12 + 4 + 1, 7));
         for ns in 100..120 {
             known.learn(&costs(&[("a", ns)], &[]));
         }
         assert_eq!(known.parts["a"], Recent(vec![115, 116, 117, 118, 119]));
-        assert_eq!(known.rest.ns(), 7);
+        assert_eq!(known.rest.median(), 7);
     }
 
     #[test]
@@ -215,12 +231,15 @@ mod tests {
         let many = (0..=MAX_PARTS).map(|i| (i.to_string(), Recent::one(u64::MAX)));
         let many = Costs {
             parts: many.collect(),
-            rest: Recent::default(),
+            ..Costs::default()
         };
         assert!(!many.is_sane());
         assert_eq!(many.parts_ns(), u64::MAX);
         assert!(!costs(&[(&"x".repeat(MAX_NAME + 1), 1)], &[]).is_sane());
         assert!(!costs(&[], &[0; MAX_RECENT + 1]).is_sane());
+        let mut ram = costs(&[], &[]);
+        ram.ram.late_bytes = Recent(vec![0; MAX_RECENT + 1]);
+        assert!(!ram.is_sane());
         assert!(costs(&[("x", 1)], &[0; MAX_RECENT]).is_sane());
         let mut full = many;
         full.parts.pop_first();

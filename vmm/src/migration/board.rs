@@ -12,7 +12,7 @@ use std::time::Duration;
 
 use super::clock::Clock;
 use super::predict::Forecast;
-use super::settings::{Capability, Mode, Settings};
+use super::settings::{Capability, Mode, Parameter, Settings, TimeoutAction};
 use super::status::{
     Blackout, ClockReport, MigrationStatus, QueryMigrate, Ram, Side, SocketAddress, Span,
 };
@@ -36,6 +36,8 @@ struct State {
     migration: Option<Migration>,
     /// Someone asked for an end.
     cancelled: bool,
+    /// It was for the reason that it took longer than it may, s.
+    expired: Option<u64>,
     /// `migrate-continue` was said.
     goes_on: bool,
     /// It is too late to cancel.
@@ -54,6 +56,7 @@ struct Migration {
     setup_ns: Option<u64>,
     ended_ns: Option<u64>,
     expected_downtime_ns: Option<u64>,
+    cpu_throttle: Option<u8>,
     ram: Option<Ram>,
     address: Option<SocketAddress>,
     error: Option<String>,
@@ -137,6 +140,7 @@ impl Board {
             setup_ns: None,
             ended_ns: None,
             expected_downtime_ns: None,
+            cpu_throttle: None,
             ram: total_ram.map(Ram::new),
             address: None,
             error: None,
@@ -166,7 +170,44 @@ impl Board {
     /// Gives the migration up, unless it is past the point of no return. Its thread notices at the
     /// next byte it reads or writes.
     pub(super) fn cancel(&self) {
+        self.cancel_locked(&mut self.lock());
+    }
+
+    /// Gives it up if it has taken longer than it may and that is what is to be done then. Returns whether
+    /// it is cancelled, be it for this reason or another.
+    pub(super) fn expire(&self) -> bool {
         let mut state = self.lock();
+        let action = self.settings.timeout_action();
+        let overdue = self
+            .overdue(&state)
+            .filter(|_| action == TimeoutAction::Cancel);
+        if overdue.is_some() && !state.cancelled {
+            state.expired = overdue;
+            self.cancel_locked(&mut state);
+        }
+        state.cancelled
+    }
+
+    /// How long it was allowed to take, s, if it was given up because it took longer.
+    pub(super) fn expired(&self) -> Option<u64> {
+        self.lock().expired
+    }
+
+    /// Whether the guest is to be stopped now, since it has taken too long.
+    pub(super) fn is_forced(&self) -> bool {
+        let action = self.settings.timeout_action();
+        action == TimeoutAction::Force && self.overdue(&self.lock()).is_some()
+    }
+
+    /// How long the migration may take, s, if it has taken longer.
+    fn overdue(&self, state: &State) -> Option<u64> {
+        let timeout = self.settings.parameter(Parameter::MigrationTimeout);
+        let started_ns = state.migration.as_ref()?.started_ns;
+        let took = Duration::from_nanos(monotonic_ns().saturating_sub(started_ns));
+        (timeout > 0 && took >= Duration::from_secs(timeout)).then_some(timeout)
+    }
+
+    fn cancel_locked(&self, state: &mut State) {
         let Some(migration) = state.migration.as_mut() else {
             return;
         };
@@ -306,6 +347,13 @@ impl Board {
         }
     }
 
+    /// By how much the guest is slowed down; 0 is not at all any more.
+    pub(super) fn set_cpu_throttle(&self, percentage: u8) {
+        if let Some(migration) = self.lock().migration.as_mut() {
+            migration.cpu_throttle = Some(percentage).filter(|&percentage| percentage > 0);
+        }
+    }
+
     /// Says where this side listens.
     pub(super) fn set_address(&self, address: Option<SocketAddress>) {
         if let Some(migration) = self.lock().migration.as_mut() {
@@ -357,6 +405,7 @@ impl Migration {
             total_time: Some(to_ms(now.saturating_sub(self.started_ns))),
             setup_time: self.setup_ns.map(to_ms),
             expected_downtime: self.expected_downtime_ns.map(to_ms),
+            cpu_throttle_percentage: self.cpu_throttle,
             downtime: downtime_ns.map(to_ms),
             ram: self.ram.clone(),
             socket_address: self.address.clone().map(|address| vec![address]),
@@ -382,8 +431,7 @@ impl Migration {
         let downtime_ns = downtime_ns.and_then(|(start, end)| u64::try_from(end - start).ok());
 
         let prediction = report.forecast.map(|forecast| {
-            let last = report.spans.iter().rfind(|span| span.name == "ram_final");
-            let ram_ns = last.map(|span| span.duration_ns);
+            let ram_ns = Forecast::ram_span_ns(&report.spans);
             forecast.beside(&Costs::measured(&report.spans), ram_ns, downtime_ns)
         });
         let here = report.spans.into_iter().map(|s| {

@@ -298,7 +298,10 @@ impl Link {
             let more = progress.sent.since(sent);
             sent = progress.sent;
             self.lane_bytes_loaded = before + progress.loaded;
-            board.update_ram(|ram| ram.sent(more, self.loaded_bytes()));
+            board.update_ram(|ram| {
+                ram.sent(more, self.loaded_bytes());
+                ram.multifd_bytes += more.bytes;
+            });
             if progress.over {
                 self.lane_bytes_sent += sent.bytes;
                 return Ok(sent);

@@ -34,6 +34,8 @@ pub mod status;
 mod stop;
 mod stream;
 mod switchover;
+mod throttle;
+mod timeout;
 mod tls;
 pub mod uri;
 mod vm;

@@ -13,7 +13,7 @@ use super::lanes::{LaneError, MAX_LANES};
 use super::link::{Link, SendError};
 use super::oneway::FinishError;
 use super::precopy;
-use super::predict::Forecast;
+use super::predict::{Forecast, Sent};
 use super::settings::{Capability, Mode, Parameter};
 use super::status::{MigrationStatus, describe};
 use super::stop::Stop;
@@ -108,11 +108,13 @@ pub(crate) enum Error {
     /// its RAM.
     #[error(
         "the downtime limit of {limit_ms} ms is too low for this guest: stopping it, saving and loading \
-         its devices and starting it again takes about {} ms, without a page of RAM",
-        .fixed_ns.div_ceil(1_000_000)
+         its devices and starting it again takes at least {} ms, without a page of RAM: set downtime-limit \
+         to {} or more, and to what the RAM takes besides",
+        .fixed_ns.div_ceil(1_000_000),
+        .fixed_ns.saturating_add(.fixed_ns / 5).div_ceil(1_000_000)
     )]
     LimitTooLow {
-        /// What all but the RAM is expected to take.
+        /// What all but the RAM takes at least.
         fixed_ns: u64,
         /// The limit.
         limit_ms: u64,
@@ -187,6 +189,8 @@ pub(super) struct Attempt {
     pub(super) stop: Stop,
     /// What was expected of it, right before it.
     pub(super) forecast: Option<Forecast>,
+    /// Bytes of the pages that were sent after the stop.
+    pub(super) ram_bytes: Option<u64>,
     /// The devices in machine order.
     pub(super) devices: Vec<CString>,
     /// The first `KVM_RUN` on the destination, on its clock.
@@ -201,6 +205,7 @@ impl Attempt {
             commit: Source::Live,
             stop: Stop::new(id),
             forecast: None,
+            ram_bytes: None,
             devices: shape.device_names(),
             first_run_ns: None,
             peer_spans: Vec::new(),
@@ -345,6 +350,8 @@ fn conclude(
         }
         Err(_) => attempt.commit = attempt.commit.on(SourceEvent::Fail),
     }
+    vm.cpu_throttle_set(0);
+    board.set_cpu_throttle(0);
     let shared = board.mode() == Mode::CprTransfer;
     let concluded = match (attempt.commit, attempt.stop.vm_old_state) {
         (Source::Resumed, Some(old)) => match (vm.resume(old), migrated) {
@@ -370,8 +377,10 @@ fn conclude(
 /// Notes what the stop took, if there was one, for the next one: here, if the migration failed.
 fn learn(vm: &impl SourceVm, attempt: &Attempt, clock: &Clock, spans: &[SpanRecord]) {
     let measured = Costs::measured(spans);
+    let ram = attempt.ram_bytes.zip(Forecast::ram_span_ns(spans));
+    let ram = ram.map(|(bytes, ns)| Sent { bytes, ns });
     match &attempt.forecast {
-        Some(forecast) => vm.learn(&forecast.learned(measured, attempt.downtime_ns(clock))),
+        Some(forecast) => vm.learn(&forecast.learned(measured, ram, attempt.downtime_ns(clock))),
         None => vm.learn(&measured),
     }
 }
@@ -391,7 +400,16 @@ fn outcome(
             );
             (MigrationStatus::Unknown, Some(unknown))
         }
-        Err(_) if board.is_cancelled() => (MigrationStatus::Cancelled, None),
+        Err(_) if board.is_cancelled() => match board.expired() {
+            None => (MigrationStatus::Cancelled, None),
+            Some(seconds) => {
+                let reason = format!(
+                    "the guest could not be stopped within migration-timeout, {seconds} s: raise it or \
+                     downtime-limit, switch auto-converge on, or set timeout-action to 'force'"
+                );
+                (MigrationStatus::Failed, Some(reason))
+            }
+        },
         Err(error) => (MigrationStatus::Failed, Some(describe(error))),
     }
 }

@@ -9,9 +9,11 @@ use super::link::{Link, SendError};
 use super::outgoing::{Attempt, Error, Parameters};
 use super::pace::Pace;
 use super::predict::{Fixed, Forecast};
-use super::settings::Parameter;
+use super::settings::{Capability, Parameter};
 use super::status::MigrationStatus;
 use super::switchover;
+use super::throttle::AutoConverge;
+use super::timeout;
 use super::vm::SourceVm;
 use crate::memory::{PAGE_SIZE, PageRun};
 use crate::probes::{self, Guarded};
@@ -45,7 +47,7 @@ pub(super) fn migration_thread(
             round_trip_ns,
         );
         let rest = match link.shares_ram() {
-            false => ram_rounds(vm, link, fixed, board)?,
+            false => timeout::watched(board, || ram_rounds(vm, link, fixed, board))?,
             true => nothing(vm, fixed, board)?,
         };
         attempt.forecast = Some(rest.forecast.clone());
@@ -66,11 +68,10 @@ pub(super) struct Rest {
 /// The destination has the guest's RAM already: there is nothing to do but to stop.
 fn nothing(vm: &impl SourceVm, fixed: Fixed, board: &Board) -> Result<Rest, Error> {
     board.set_status(MigrationStatus::Active);
-    let convergence = Convergence::new(0, fixed.least_ns());
-    let limit_ms = board.settings().parameter(Parameter::DowntimeLimit);
-    let limit_ns = limit_ms.saturating_mul(NS_PER_MS);
+    let convergence = Convergence::new(0, 0, fixed.least_ns());
+    let (limit_ms, limit_ns) = limit(vm, board);
     board.set_expected_downtime(Some(fixed.total_ns()));
-    if vm.is_running() && !convergence.fits(0, limit_ns) {
+    if !convergence.fits(0, limit_ns) {
         let fixed_ns = fixed.least_ns();
         return Err(Error::LimitTooLow { fixed_ns, limit_ms });
     }
@@ -78,7 +79,8 @@ fn nothing(vm: &impl SourceVm, fixed: Fixed, board: &Board) -> Result<Rest, Erro
         runs: Vec::new(),
         round: 1,
         forecast: Forecast {
-            limit_ns,
+            limit_ms,
+            left_bytes: 0,
             ram_ns: 0,
             fixed,
         },
@@ -95,7 +97,8 @@ fn ram_rounds(
     let ram = vm.ram();
     vm.set_dirty_log(true)?;
     board.set_status(MigrationStatus::Active);
-    let mut convergence = Convergence::new(ram.size(), fixed.least_ns());
+    let mut auto_converge = AutoConverge::default();
+    let mut convergence = Convergence::new(ram.size(), fixed.late_bytes(), fixed.least_ns());
     // What the guest writes from here on, also to a page that was untouched, is in the dirty log.
     vm.protect(&ram.written_and_untouched()?.1)?;
     // A page that was written before it was protected is no longer untouched.
@@ -121,14 +124,18 @@ fn ram_rounds(
         runs = vm.dirty()?;
         convergence.synced(monotonic_ns().saturating_sub(sync_began));
         let remaining = bytes(&runs);
-        let limit_ms = board.settings().parameter(Parameter::DowntimeLimit);
-        let limit_ns = match vm.is_running() {
-            true => limit_ms.saturating_mul(NS_PER_MS),
-            // A guest that is paused anyway has no downtime.
-            false => u64::MAX,
+        let (limit_ms, limit_ns) = limit(vm, board);
+        let decision = match convergence.round(sent.bytes, took_ns, remaining, limit_ns) {
+            _ if board.is_forced() => Decision::Stop,
+            decision => decision,
         };
-        let decision = convergence.round(sent.bytes, took_ns, remaining, limit_ns);
+        let slower = match board.settings().is_on(Capability::AutoConverge) {
+            true => auto_converge.round(sent.bytes, remaining, board.settings()),
+            false => None,
+        };
+        let bytes = remaining.saturating_add(fixed.late_bytes());
         let ram_ns = convergence.ram_ns(remaining);
+        let ram_ns = ram_ns.map(|round_ns| fixed.ram_ns(bytes, round_ns));
         let expected_ns = ram_ns.map(|ns| ns.saturating_add(fixed.total_ns()));
         board.set_expected_downtime(expected_ns);
         board.update_ram(|ram| {
@@ -140,24 +147,31 @@ fn ram_rounds(
             ram.pages_per_second = per_second(sent.pages, took_ns);
             ram.precopy_bytes += sent.bytes;
         });
-        match decision {
-            Decision::Another => round += 1,
-            Decision::Stop => {
+        match (decision, slower) {
+            (Decision::Another | Decision::GiveUp, Some(percentage)) => {
+                vm.cpu_throttle_set(percentage);
+                board.set_cpu_throttle(percentage);
+                convergence.slowed_down();
+                round += 1;
+            }
+            (Decision::Another, None) => round += 1,
+            (Decision::Stop, _) => {
                 return Ok(Rest {
                     runs,
                     round: round + 1,
                     forecast: Forecast {
-                        limit_ns,
+                        limit_ms,
+                        left_bytes: remaining,
                         ram_ns: ram_ns.unwrap_or(0),
                         fixed,
                     },
                 });
             }
-            Decision::GiveUp if !convergence.fits(0, limit_ns) => {
+            (Decision::GiveUp, None) if !convergence.fits(0, limit_ns) => {
                 let fixed_ns = fixed.least_ns();
                 return Err(Error::LimitTooLow { fixed_ns, limit_ms });
             }
-            Decision::GiveUp => {
+            (Decision::GiveUp, None) => {
                 return Err(Error::NotConverging {
                     rounds: round,
                     dirtied: remaining,
@@ -166,6 +180,16 @@ fn ram_rounds(
                 });
             }
         }
+    }
+}
+
+/// The downtime limit as it is now, ms, and how long a stop of this guest may take, ns: one that is paused
+/// anyway has no downtime.
+fn limit(vm: &impl SourceVm, board: &Board) -> (u64, u64) {
+    let limit_ms = board.settings().parameter(Parameter::DowntimeLimit);
+    match vm.is_running() {
+        true => (limit_ms, limit_ms.saturating_mul(NS_PER_MS)),
+        false => (limit_ms, u64::MAX),
     }
 }
 

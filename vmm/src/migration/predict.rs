@@ -1,20 +1,28 @@
 //! What a blackout is expected to take, part by part, and what it took: nothing but the number decides
 //! when the guest is stopped, so it counts everything that the downtime will consist of.
 //!
-//! Pages are expected at the median rate of the last rounds. Everything else is expected to take what it took
-//! before (`costs.rs`; the figures go with the guest), or, for a guest that was never stopped, what it took
-//! when the destination rehearsed it on its idle machine.
+//! Everything is expected to take what it took before (`costs.rs`; the figures go with the guest). For a guest
+//! that was never stopped, pages are expected at the rate of the last rounds, and everything else is expected
+//! to take what it took when the destination rehearsed it on its idle machine.
 
+use std::collections::BTreeMap;
 use std::ffi::CString;
 
 use serde::Serialize;
 
 use super::stream::message::Rehearsal;
-use crate::costs::{Costs, DEVICE_SAVE, Recent, part};
+use crate::costs::{Costs, DEVICE_SAVE, Ram, Recent, part};
+use crate::spanlog::SpanRecord;
 
 /// Round trips in a downtime besides what the destination does: `end` and `loaded`, `commit`, and two
 /// threads that are woken, each side's, which takes about as long.
 const ROUND_TRIPS: u64 = 3;
+/// Pages that are fewer than this say nothing of the rate of many, and the other way round.
+const ENOUGH: u64 = 256 << 10;
+const MIB: u64 = 1 << 20;
+/// A stop sends pages at most this many times as fast as rounds do, which share the host's CPUs with the guest.
+/// If it seems to be more, the connection is not the one of the last stop.
+const MOST_FASTER: u64 = 4;
 /// The name of what pages are expected to take, and of everything that is no part.
 const RAM: &str = "ram_final";
 const REST: &str = "rest";
@@ -52,29 +60,29 @@ impl Fixed {
             true => Basis::Rehearsal,
             false => Basis::History,
         };
-        let mut costs = known;
-        let mut least_ns = 0u64;
-        let mut take = |recent: &mut Recent, rehearsed_ns: u64| {
-            if recent.is_empty() {
-                *recent = Recent::one(rehearsed_ns);
-            }
-            least_ns = least_ns.saturating_add(recent.least_ns().min(rehearsed_ns));
-        };
-        let mut loads_ns = 0u64;
-        for (name, rehearsed) in devices.iter().zip(rehearsal) {
+        let mut rehearsed = BTreeMap::from([(part("pause_all_vcpus", None), round_trip_ns)]);
+        let mut rest_ns = round_trip_ns.saturating_mul(ROUND_TRIPS);
+        for (name, device) in devices.iter().zip(rehearsal) {
             let name = part(DEVICE_SAVE, Some(&name.to_string_lossy()));
-            take(costs.parts.entry(name).or_default(), rehearsed.save_ns);
-            loads_ns = loads_ns.saturating_add(rehearsed.load_ns);
+            rehearsed.insert(name, device.save_ns);
+            rest_ns = rest_ns.saturating_add(device.load_ns);
         }
-        let pause = part("pause_all_vcpus", None);
-        take(costs.parts.entry(pause).or_default(), round_trip_ns);
-        let trips_ns = round_trip_ns.saturating_mul(ROUND_TRIPS);
-        take(&mut costs.rest, loads_ns.saturating_add(trips_ns));
-        let rehearsed = |name: &str| name.starts_with(DEVICE_SAVE) || name == "pause_all_vcpus";
-        let others = costs.parts.iter().filter(|(name, _)| !rehearsed(name));
-        let others = others.map(|(_, recent)| recent.least_ns());
+
+        let mut costs = known;
+        for (name, &ns) in &rehearsed {
+            let recent = costs.parts.entry(name.clone());
+            recent.or_insert_with(|| Recent::one(ns));
+        }
+        if costs.rest.is_empty() {
+            costs.rest = Recent::one(rest_ns);
+        }
+        let parts = costs.parts.iter().map(|(name, recent)| {
+            let rehearsed_ns = rehearsed.get(name).copied();
+            recent.least().min(rehearsed_ns.unwrap_or(u64::MAX))
+        });
+        let rest_ns = costs.rest.least().min(rest_ns);
         Fixed {
-            least_ns: others.fold(least_ns, u64::saturating_add),
+            least_ns: parts.fold(rest_ns, u64::saturating_add),
             basis,
             costs,
         }
@@ -89,16 +97,34 @@ impl Fixed {
 
     /// The sum.
     pub(super) fn total_ns(&self) -> u64 {
-        self.costs.parts_ns().saturating_add(self.costs.rest.ns())
+        let rest_ns = self.costs.rest.median();
+        self.costs.parts_ns().saturating_add(rest_ns)
+    }
+
+    /// Bytes of RAM that are dirtied between the last look at the dirty log and the stop.
+    pub(super) fn late_bytes(&self) -> u64 {
+        self.costs.ram.late_bytes.median()
+    }
+
+    /// What it takes to send `bytes` of RAM while the guest is stopped, for which rounds would need `round_ns`.
+    pub(super) fn ram_ns(&self, bytes: u64, round_ns: u64) -> u64 {
+        let mib_ns = u128::from(self.costs.ram.mib.median());
+        let ns = mib_ns * u128::from(bytes) / u128::from(MIB);
+        match u64::try_from(ns) {
+            Ok(ns) if bytes >= ENOUGH && ns <= round_ns && ns >= round_ns / MOST_FASTER => ns,
+            _ => round_ns,
+        }
     }
 }
 
 /// What was expected right before the stop.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
 pub(super) struct Forecast {
-    /// The downtime limit, ns.
-    pub(super) limit_ns: u64,
-    /// The pages that are left.
+    /// The downtime limit, ms.
+    pub(super) limit_ms: u64,
+    /// The bytes that the last round has left.
+    pub(super) left_bytes: u64,
+    /// What it takes to send them, and what is dirtied after them.
     pub(super) ram_ns: u64,
     /// Everything else.
     pub(super) fixed: Fixed,
@@ -110,15 +136,35 @@ impl Forecast {
         self.fixed.total_ns().saturating_add(self.ram_ns)
     }
 
-    /// What there is to learn from a downtime of which `measured` are the parts: they, and the rest,
-    /// which is what was neither in the parts nor expected of the pages.
-    pub(super) fn learned(&self, measured: Costs, downtime_ns: Option<u64>) -> Costs {
-        let accounted_ns = measured.parts_ns().saturating_add(self.ram_ns);
+    /// What there is to learn from a downtime of which `measured` are the parts, and which sent `ram`:
+    /// they, and the rest.
+    pub(super) fn learned(
+        &self,
+        measured: Costs,
+        ram: Option<Sent>,
+        downtime_ns: Option<u64>,
+    ) -> Costs {
+        let ram_ns = ram.map_or(0, |ram| ram.ns);
+        let accounted_ns = measured.parts_ns().saturating_add(ram_ns);
         let rest_ns = downtime_ns.map(|ns| ns.saturating_sub(accounted_ns));
+        let late_bytes = ram.map(|ram| ram.bytes.saturating_sub(self.left_bytes));
         Costs {
+            ram: Ram {
+                mib: ram
+                    .and_then(Sent::mib_ns)
+                    .map(Recent::one)
+                    .unwrap_or_default(),
+                late_bytes: late_bytes.map(Recent::one).unwrap_or_default(),
+            },
             rest: rest_ns.map(Recent::one).unwrap_or_default(),
             ..measured
         }
+    }
+
+    /// How long the pages of the last stop among `spans` took.
+    pub(super) fn ram_span_ns(spans: &[SpanRecord]) -> Option<u64> {
+        let last = spans.iter().rfind(|span| span.name == RAM);
+        last.map(|span| span.duration_ns)
     }
 
     /// The expectation beside what came, of which `measured` are the parts and `ram_ns` the pages.
@@ -132,22 +178,42 @@ impl Forecast {
         let mut parts: Vec<_> = expected
             .parts
             .iter()
-            .map(|(name, ns)| Part::new(name, ns.ns(), measured.parts.get(name).map(Recent::ns)))
+            .map(|(name, ns)| {
+                let achieved = measured.parts.get(name).map(Recent::median);
+                Part::new(name, ns.median(), achieved)
+            })
             .collect();
         let news = measured.parts.iter();
         let news = news.filter(|(name, _)| !expected.parts.contains_key(*name));
-        parts.extend(news.map(|(name, ns)| Part::new(name, 0, Some(ns.ns()))));
+        parts.extend(news.map(|(name, ns)| Part::new(name, 0, Some(ns.median()))));
         parts.push(Part::new(RAM, self.ram_ns, ram_ns));
         let accounted_ns = measured.parts_ns().saturating_add(ram_ns.unwrap_or(0));
         let rest_ns = downtime_ns.map(|ns| ns.saturating_sub(accounted_ns));
-        parts.push(Part::new(REST, expected.rest.ns(), rest_ns));
+        parts.push(Part::new(REST, expected.rest.median(), rest_ns));
         Prediction {
             basis: self.fixed.basis,
-            limit_ns: self.limit_ns,
+            limit_ms: self.limit_ms,
             predicted_ns: self.total_ns(),
             achieved_ns: downtime_ns,
             parts,
         }
+    }
+}
+
+/// The pages that a stop has sent.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) struct Sent {
+    /// All of them, also those that are zero.
+    pub(super) bytes: u64,
+    /// What it took.
+    pub(super) ns: u64,
+}
+
+impl Sent {
+    /// What a MiB took, if they were enough to tell.
+    fn mib_ns(self) -> Option<u64> {
+        let ns = u128::from(self.ns) * u128::from(MIB) / u128::from(self.bytes.max(ENOUGH));
+        (self.bytes >= ENOUGH).then(|| u64::try_from(ns).unwrap_or(u64::MAX))
     }
 }
 
@@ -158,8 +224,8 @@ impl Forecast {
 pub struct Prediction {
     /// How it was known.
     pub basis: Basis,
-    /// The downtime limit at that time.
-    pub limit_ns: u64,
+    /// The downtime limit at that time, as it was set.
+    pub limit_ms: u64,
     /// What was expected.
     pub predicted_ns: u64,
     /// What came; absent when the guest did not run before or after.
@@ -201,6 +267,7 @@ mod tests {
         Costs {
             parts: parts.iter().map(part).collect(),
             rest: rest_ns.map(Recent::one).unwrap_or_default(),
+            ..Costs::default()
         }
     }
 
@@ -243,7 +310,8 @@ mod tests {
     #[test]
     fn a_prediction_is_laid_beside_what_came() {
         let forecast = Forecast {
-            limit_ns: 1000,
+            limit_ms: 1,
+            left_bytes: 3 * MIB,
             ram_ns: 50,
             fixed: Fixed {
                 basis: Basis::History,
@@ -269,7 +337,33 @@ mod tests {
         assert_eq!(parts, expected);
         let sum: u64 = parts.iter().filter_map(|(_, _, achieved)| *achieved).sum();
         assert_eq!(Some(sum), prediction.achieved_ns);
-        let learned = forecast.learned(measured, Some(100));
-        assert_eq!(learned.rest, Recent::one(100 - 4 - 6 - 50));
+        let ram = Sent {
+            bytes: 4 * MIB,
+            ns: 40,
+        };
+        let learned = forecast.learned(measured, Some(ram), Some(100));
+        assert_eq!(learned.rest, Recent::one(100 - 4 - 6 - 40));
+        assert_eq!(learned.ram.mib, Recent::one(10));
+        assert_eq!(learned.ram.late_bytes, Recent::one(MIB));
+    }
+
+    #[test]
+    fn pages_are_expected_at_the_rate_of_stops_on_the_same_connection() {
+        let mut fixed = rehearsed(Costs::default());
+        assert_eq!((fixed.ram_ns(2 * MIB, 3000), fixed.late_bytes()), (3000, 0));
+        fixed.costs.ram.mib = Recent::one(1000);
+        fixed.costs.ram.late_bytes = Recent::one(5);
+        assert_eq!((fixed.ram_ns(2 * MIB, 3000), fixed.late_bytes()), (2000, 5));
+        let (slower, faster) = (9000, 1500);
+        assert_eq!(fixed.ram_ns(2 * MIB, slower), slower);
+        assert_eq!(fixed.ram_ns(2 * MIB, faster), faster);
+        assert_eq!(fixed.ram_ns(ENOUGH - 1, 300), 300);
+        fixed.costs.ram.mib = Recent::one(u64::MAX);
+        assert_eq!(fixed.ram_ns(2 * MIB, 3000), 3000);
+        let few = Sent {
+            bytes: ENOUGH - 1,
+            ns: 9,
+        };
+        assert_eq!(few.mib_ns(), None);
     }
 }

@@ -45,6 +45,16 @@ parameters! {
          which is the default here and not QEMU's.";
     MultifdChannels = "multifd-channels", 2, 1..=255, "a value between 1 and 255", "uint8_t",
         "How many connections pages go over with the capability `multifd`.";
+    ThrottleTriggerThreshold = "throttle-trigger-threshold", 50, 1..=100, "an integer in the range of 1 to 100", "uint8_t",
+        "With `auto-converge`, the guest is slowed down when it dirties more than this share of what is sent, %.";
+    CpuThrottleInitial = "cpu-throttle-initial", 20, 1..=99, "an integer in the range of 1 to 99", "uint8_t",
+        "How much of its time it rests at first, %.";
+    CpuThrottleIncrement = "cpu-throttle-increment", 10, 1..=99, "an integer in the range of 1 to 99", "uint8_t",
+        "How much more each time that is not enough, %.";
+    MaxCpuThrottle = "max-cpu-throttle", 99, 1..=99, "an integer in the range of cpu_throttle_initial to 99", "uint8_t",
+        "How much at most, %.";
+    MigrationTimeout = "migration-timeout", 0, 0..=31_536_000, "an integer in the range of 0 to 31536000 s", "uint32",
+        "When `timeout-action` is taken if the guest still is not stopped, s; 0 is never. QEMU has no such thing.";
 }
 
 /// A parameter of migrations that is a text, and empty by default.
@@ -100,6 +110,29 @@ impl Mode {
     }
 }
 
+/// What is done when a migration takes longer than `migration-timeout`.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum TimeoutAction {
+    /// It fails; the guest runs on.
+    #[default]
+    Cancel,
+    /// The guest is stopped after the round that is under way, whatever the downtime will be.
+    Force,
+}
+
+impl TimeoutAction {
+    /// All there are.
+    pub const ALL: [TimeoutAction; 2] = [TimeoutAction::Cancel, TimeoutAction::Force];
+
+    /// Its name in QMP.
+    pub fn name(self) -> &'static str {
+        match self {
+            TimeoutAction::Cancel => "cancel",
+            TimeoutAction::Force => "force",
+        }
+    }
+}
+
 macro_rules! capabilities {
     ($($variant:ident = $name:literal, $doc:literal;)*) => {
         /// What migrations can do if they are told to: QEMU's `MigrationCapability`.
@@ -125,6 +158,7 @@ macro_rules! capabilities {
 
 capabilities! {
     Multifd = "multifd", "Pages go over `multifd-channels` connections.";
+    AutoConverge = "auto-converge", "A guest that dirties RAM faster than it is sent is slowed down.";
     Events = "events", "Each change of a migration's status is a `MIGRATION` event.";
     PauseBeforeSwitchover = "pause-before-switchover",
         "The source stops the guest, then waits for `migrate-continue` before it sends the rest.";
@@ -148,6 +182,7 @@ struct Values {
     parameters: [u64; Parameter::ALL.len()],
     capabilities: [bool; Capability::ALL.len()],
     mode: Mode,
+    timeout_action: TimeoutAction,
 }
 
 impl Default for Values {
@@ -157,6 +192,7 @@ impl Default for Values {
             parameters: Parameter::DEFAULTS,
             capabilities: [false; Capability::ALL.len()],
             mode: Mode::default(),
+            timeout_action: TimeoutAction::default(),
         }
     }
 }
@@ -179,9 +215,15 @@ impl Settings {
             return Err(OutOfRange(parameter));
         }
         let mut values = self.lock();
+        let mut new = values.parameters;
         for &(parameter, value) in changes {
-            values.parameters[parameter as usize] = value;
+            new[parameter as usize] = value;
         }
+        let most = Parameter::MaxCpuThrottle;
+        if new[most as usize] < new[Parameter::CpuThrottleInitial as usize] {
+            return Err(OutOfRange(most));
+        }
+        values.parameters = new;
         Ok(())
     }
 
@@ -208,6 +250,16 @@ impl Settings {
     /// Decides that; one that is under way goes on as it began.
     pub fn set_mode(&self, mode: Mode) {
         self.lock().mode = mode;
+    }
+
+    /// What is done about a migration that takes too long.
+    pub fn timeout_action(&self) -> TimeoutAction {
+        self.lock().timeout_action
+    }
+
+    /// Decides that, also for one that is under way.
+    pub fn set_timeout_action(&self, action: TimeoutAction) {
+        self.lock().timeout_action = action;
     }
 
     /// Whether a capability is on.

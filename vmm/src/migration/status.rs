@@ -101,6 +101,9 @@ pub struct QueryMigrate {
     /// The downtime that stopping now would cost, everything counted, ms.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub expected_downtime: Option<u64>,
+    /// By how much the guest is slowed down so that it converges, per cent.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    pub cpu_throttle_percentage: Option<u8>,
     /// The downtime, ms, rounded up; `blackout.downtime-ns` is exact.
     #[serde(skip_serializing_if = "Option::is_none")]
     pub downtime: Option<u64>,
@@ -148,13 +151,13 @@ pub struct Ram {
     pub precopy_bytes: u64,
     /// Bytes sent while the guest was stopped.
     pub downtime_bytes: u64,
-    /// 0, as all that follows: QEMU's clients expect them, and there is no postcopy, no multifd and no
+    /// 0, as all that follows but the next: QEMU's clients expect them, and there is no postcopy and no
     /// zero-copy here.
     pub postcopy_bytes: u64,
-    /// Pages that a destination asked for.
-    pub postcopy_requests: u64,
     /// Bytes that went over further connections.
     pub multifd_bytes: u64,
+    /// Pages that a destination asked for.
+    pub postcopy_requests: u64,
     /// Times that the kernel copied what it was not to.
     pub dirty_sync_missed_zero_copy: u64,
 }

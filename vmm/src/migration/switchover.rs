@@ -38,7 +38,7 @@ pub(super) fn complete(
         pre_switchover(link, attempt.id(), board)?;
     }
     board.set_status(MigrationStatus::Device);
-    ram_final(vm, link, rest, parameters, board)?;
+    attempt.ram_bytes = Some(ram_final(vm, link, rest, parameters, board)?);
     device_save(vm, link, attempt)?;
     let old = attempt.stop.vm_old_state.unwrap_or(RunState::Paused);
     if !link.is_answered() {
@@ -65,14 +65,14 @@ fn pre_switchover(link: &mut Link, id: u64, board: &Board) -> Result<(), Error> 
 }
 
 /// Sends the pages that are dirty still. The handlers of the stop have run: what they wrote to
-/// guest RAM, such as the tables of the ITS, is among them.
+/// guest RAM, such as the tables of the ITS, is among them. Returns how many bytes they are.
 fn ram_final(
     vm: &impl SourceVm,
     link: &mut Link,
     rest: Rest,
     parameters: &Parameters,
     board: &Board,
-) -> Result<(), Error> {
+) -> Result<u64, Error> {
     probes::ram_final().run(|span| {
         let ram = vm.ram();
         let dirty = match link.shares_ram() {
@@ -80,8 +80,9 @@ fn ram_final(
             true => Vec::new(),
         };
         let runs = merge(rest.runs, dirty);
+        let bytes = bytes(&runs);
         board.update_ram(|ram| {
-            ram.remaining = bytes(&runs);
+            ram.remaining = bytes;
             ram.dirty_sync_count += 1;
         });
         let sent = link.send_pages(&ram, rest.round, &[], &runs, Pace::Full, board)?;
@@ -93,7 +94,7 @@ fn ram_final(
         link.finish_last_round(rest.round, sent, checksum)?;
         (span.pages, span.bytes) = (sent.pages, sent.bytes);
         board.update_ram(|ram| ram.downtime_bytes = sent.bytes);
-        Ok(())
+        Ok(bytes)
     })
 }
 

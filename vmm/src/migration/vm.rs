@@ -55,6 +55,8 @@ pub(super) trait SourceVm: MigrationVm {
     fn dirty(&self) -> Result<Vec<PageRun>, memory::Error>;
     /// These pages, in address order, are about to be read and sent.
     fn protect(&self, runs: &[PageRun]) -> Result<(), memory::Error>;
+    /// Lets the guest rest for a share of its time, per cent; 0 lets it run.
+    fn cpu_throttle_set(&self, percentage: u8);
     /// `[3]` Stops the guest for the switchover; see [`stop::migration_stop_vm`].
     fn migration_stop_vm(&self, stop: &mut stop::Stop) -> Result<(), control::Error>;
     /// Saves the device with this place in machine order.
@@ -139,6 +141,13 @@ impl SourceVm for SharedMachine {
     fn protect(&self, runs: &[PageRun]) -> Result<(), memory::Error> {
         let machine = lock(self);
         machine.ram().protect(machine.vm(), runs)
+    }
+
+    fn cpu_throttle_set(&self, percentage: u8) {
+        if let Err(error) = lock(self).vcpus().cpu_throttle_set(percentage) {
+            // It converges later, or not at all, which is noticed then.
+            tracing::warn!("the guest can't be slowed down: {error}");
+        }
     }
 
     fn migration_stop_vm(&self, stop: &mut stop::Stop) -> Result<(), control::Error> {

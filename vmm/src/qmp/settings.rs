@@ -5,7 +5,7 @@ use serde_json::{Map, Value, json};
 use super::arguments::Arguments;
 use super::commands::{Answer, Context, done};
 use super::wire::Error;
-use crate::migration::settings::{Capability, Mode, Parameter, Text};
+use crate::migration::settings::{Capability, Mode, Parameter, Text, TimeoutAction};
 use crate::migration::status::MigrationStatus;
 
 pub(super) fn query_migrate_parameters(context: &mut Context<'_>, arguments: Arguments) -> Answer {
@@ -17,8 +17,15 @@ pub(super) fn query_migrate_parameters(context: &mut Context<'_>, arguments: Arg
     for text in Text::ALL {
         values.insert(text.name().to_owned(), json!(settings.text(text)));
     }
-    // QEMUs before 8.2 have no modes and do not name the only one: neither does this, so that their
-    // clients find what they know.
+    // QEMUs before 8.2 have no modes and do not name the only one: neither does this, nor what no QEMU has,
+    // before it is set, so that their clients find what they know.
+    let timeout = Parameter::MigrationTimeout;
+    if settings.parameter(timeout) == 0 {
+        values.remove(timeout.name());
+    } else {
+        let action = settings.timeout_action();
+        values.insert("timeout-action".to_owned(), json!(action.name()));
+    }
     if settings.mode() != Mode::Normal {
         values.insert("mode".to_owned(), json!(settings.mode().name()));
     }
@@ -44,15 +51,15 @@ pub(super) fn migrate_set_parameters(
         let value = arguments.string_or_null(text.name())?;
         texts.extend(value.map(|value| (text, value)));
     }
-    let mode = arguments.optional_string("mode")?;
+    let mode = one_of(&mut arguments, "mode", &Mode::ALL, Mode::name)?;
+    let actions = TimeoutAction::ALL;
+    let action = one_of(
+        &mut arguments,
+        "timeout-action",
+        &actions,
+        TimeoutAction::name,
+    )?;
     arguments.finish()?;
-    let mode = match mode {
-        None => None,
-        Some(name) => match Mode::ALL.into_iter().find(|mode| mode.name() == name) {
-            None => return Err(Error::Value("mode", name)),
-            mode => mode,
-        },
-    };
     let settings = context.backend.settings();
     settings.set_parameters(&changes)?;
     for (text, value) in texts {
@@ -61,7 +68,26 @@ pub(super) fn migrate_set_parameters(
     if let Some(mode) = mode {
         settings.set_mode(mode);
     }
+    if let Some(action) = action {
+        settings.set_timeout_action(action);
+    }
     done()
+}
+
+/// The argument `name`, if it is there, as the one of `all` that is called so.
+fn one_of<T: Copy>(
+    arguments: &mut Arguments,
+    name: &'static str,
+    all: &[T],
+    name_of: fn(T) -> &'static str,
+) -> Result<Option<T>, Error> {
+    let Some(value) = arguments.optional_string(name)? else {
+        return Ok(None);
+    };
+    match all.iter().find(|&&one| name_of(one) == value) {
+        None => Err(Error::Value(name, value)),
+        one => Ok(one.copied()),
+    }
 }
 
 pub(super) fn query_migrate_capabilities(

@@ -2,6 +2,7 @@
 
 pub mod pause;
 pub mod run;
+mod throttle;
 
 use std::io;
 use std::sync::{Arc, Mutex};
@@ -11,10 +12,19 @@ use crate::kvm::{Kick, Vcpu};
 use crate::runstate::GuestRequests;
 use pause::{Gate, Want};
 pub use run::Buses;
+use throttle::Throttle;
 
 /// All vCPUs of a machine. They start paused; [`Vcpus::resume_all_vcpus`] lets them run.
 pub struct Vcpus {
-    threads: Vec<Thread>,
+    // It is gone before the threads, which it kicks.
+    throttle: Throttle,
+    threads: Arc<Threads>,
+    gate: Arc<Gate>,
+}
+
+/// The threads, which end when this is dropped.
+struct Threads {
+    list: Vec<Thread>,
     gate: Arc<Gate>,
 }
 
@@ -36,9 +46,9 @@ impl Vcpus {
     ) -> io::Result<Self> {
         pause::handle_kick_signal()?;
         let gate = Arc::new(Gate::default());
-        let mut this = Vcpus {
-            threads: Vec::with_capacity(vcpus.len()),
-            gate,
+        let mut threads = Threads {
+            list: Vec::with_capacity(vcpus.len()),
+            gate: Arc::clone(&gate),
         };
         for (index, vcpu) in vcpus.into_iter().enumerate() {
             let kick = Kick::new(&vcpu);
@@ -46,36 +56,38 @@ impl Vcpus {
                 index: index as u64,
                 vcpu,
                 kick: kick.clone(),
-                gate: Arc::clone(&this.gate),
+                gate: Arc::clone(&gate),
                 buses: Arc::clone(buses),
                 requests: requests.clone(),
             };
             let name = format!("vcpu{index}");
             let handle = thread::Builder::new().name(name).spawn(|| runner.run())?;
-            this.threads.push(Thread { kick, handle });
+            threads.list.push(Thread { kick, handle });
         }
-        this.gate.wait_paused(this.threads.len());
-        Ok(this)
+        gate.wait_paused(threads.list.len());
+        Ok(Vcpus {
+            throttle: Throttle::default(),
+            threads: Arc::new(threads),
+            gate,
+        })
     }
 
     /// How many there are.
     pub fn len(&self) -> usize {
-        self.threads.len()
+        self.threads.list.len()
     }
 
     /// Whether there is none.
     pub fn is_empty(&self) -> bool {
-        self.threads.is_empty()
+        self.threads.list.is_empty()
     }
 }
 
-impl Drop for Vcpus {
+impl Drop for Threads {
     fn drop(&mut self) {
         self.gate.set(Want::Exit);
-        for thread in &self.threads {
-            pause::kick(thread);
-        }
-        for thread in self.threads.drain(..) {
+        self.list.iter().for_each(pause::kick);
+        for thread in self.list.drain(..) {
             // A vCPU thread that panicked has already said why on stderr.
             let _ = thread.handle.join();
         }

@@ -16,6 +16,7 @@ use vmm_sys_util::signal::{Killable, SIGRTMIN, register_signal_handler};
 
 use super::{Thread, Vcpus};
 use crate::probes::{self, Guarded};
+use crate::spanlog::monotonic_ns;
 
 /// How long a woken vCPU thread is waited for; one that is not scheduled for longer is on its own.
 const WAKE: Duration = Duration::from_millis(100);
@@ -27,27 +28,25 @@ impl Vcpus {
     /// `[5]` Kicks every vCPU, then waits until each one's thread is out of `KVM_RUN` with its last
     /// exit complete. From then on nobody holds a vCPU's lock until [`Vcpus::resume_all_vcpus`].
     pub fn pause_all_vcpus(&self) {
-        let paused: Result<(), Never> =
-            probes::pause_all_vcpus(self.threads.len() as u64).run(|_| {
-                self.gate.set(Want::Pause);
-                for (index, thread) in (0..).zip(&self.threads) {
-                    kick(thread);
-                    probes::vcpu_kicked(index);
-                }
-                self.gate.wait_paused(self.threads.len());
-                Ok(())
-            });
+        let paused: Result<(), Never> = probes::pause_all_vcpus(self.len() as u64).run(|_| {
+            self.gate.set(Want::Pause);
+            for (index, thread) in (0..).zip(&self.threads.list) {
+                kick(thread);
+                probes::vcpu_kicked(index);
+            }
+            self.gate.wait_paused(self.len());
+            Ok(())
+        });
         let Ok(()) = paused;
     }
 
     /// Lets every vCPU enter the guest; returns when the first is about to. The span therefore
     /// shows what the scheduler takes to wake a thread, which is a part of every blackout.
     pub fn resume_all_vcpus(&self) {
-        let resumed: Result<(), Never> =
-            probes::resume_all_vcpus(self.threads.len() as u64).run(|_| {
-                self.gate.open();
-                Ok(())
-            });
+        let resumed: Result<(), Never> = probes::resume_all_vcpus(self.len() as u64).run(|_| {
+            self.gate.open();
+            Ok(())
+        });
         let Ok(()) = resumed;
     }
 
@@ -121,6 +120,8 @@ pub(super) struct Gate {
     left: AtomicU64,
     /// 0 until a vCPU has run.
     first_run_ns: AtomicU64,
+    /// Until when nobody enters the guest, though nobody is paused; 0 most of the time.
+    rest_until_ns: AtomicU64,
 }
 
 #[derive(Debug, Default)]
@@ -158,6 +159,35 @@ impl Gate {
         state.paused -= 1;
         self.left.fetch_add(1, Ordering::Relaxed);
         state.want
+    }
+
+    /// Says until when the throttle lets nobody enter the guest; 0 is at once. Threads that are in it are
+    /// to be kicked.
+    pub(super) fn rest_until(&self, ns: u64) {
+        let resting = self.lock();
+        self.rest_until_ns.store(ns, Ordering::Relaxed);
+        drop(resting);
+        self.changed.notify_all();
+    }
+
+    /// Called by a vCPU thread about to enter the guest: waits for as long as the throttle says, but not
+    /// when something else than to run is wanted.
+    pub(super) fn rest(&self) {
+        if self.rest_until_ns.load(Ordering::Relaxed) == 0 {
+            return;
+        }
+        let mut state = self.lock();
+        while state.want == Want::Run {
+            let until_ns = self.rest_until_ns.load(Ordering::Relaxed);
+            let left_ns = until_ns.saturating_sub(monotonic_ns());
+            if left_ns == 0 {
+                return;
+            }
+            let waited = self
+                .changed
+                .wait_timeout(state, Duration::from_nanos(left_ns));
+            (state, _) = waited.unwrap_or_else(PoisonError::into_inner);
+        }
     }
 
     /// Lets every thread run, and waits until the first of them has left the gate: then a vCPU is

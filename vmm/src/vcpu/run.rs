@@ -45,7 +45,7 @@ impl Runner {
                         return;
                     }
                 }
-                Want::Run => {}
+                Want::Run => self.gate.rest(),
             }
             if exit_ns.is_none() {
                 self.gate.note_first_run(monotonic_ns());

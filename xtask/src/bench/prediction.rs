@@ -64,7 +64,6 @@ struct Prediction {
     basis: String,
     predicted_ns: u64,
     achieved_ns: u64,
-    limit_ns: u64,
     parts: serde_json::Value,
 }
 
@@ -102,7 +101,11 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
         print(&format!("known by {basis}"), &predictions);
     }
     let right = print("all", &done);
-    let exceeded = done.iter().filter(|p| p.achieved_ns > p.limit_ns).count();
+    let exceeds = |m: &&Migration| {
+        let achieved_ns = m.prediction.as_ref().map(|p| p.achieved_ns);
+        achieved_ns.is_some_and(|ns| ns > m.limit_ms * 1_000_000)
+    };
+    let exceeded = migrations.iter().filter(exceeds).count();
     println!(
         "limit exceeded: {exceeded} of {} (aim: {:.0} %); {} more were refused beforehand",
         done.len(),

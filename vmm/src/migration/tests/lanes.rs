@@ -102,7 +102,7 @@ fn strangers_are_sent_away() {
         // It is the second one only if the source is not quicker; then it finds nobody.
         thread::spawn(move || {
             thread::sleep(Duration::from_millis(2));
-            for greeting in [b"BLKOUT\x04\x00".as_slice(), b"GET / HTTP/1.1", b""] {
+            for greeting in [b"BLKOUT\x05\x00".as_slice(), b"GET / HTTP/1.1", b""] {
                 if let Ok(mut stranger) = UnixStream::connect(&path) {
                     let _ = stranger.write_all(greeting);
                 }

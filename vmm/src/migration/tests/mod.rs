@@ -53,6 +53,8 @@ struct State {
     dirty_log: bool,
     /// How often the dirty log was read.
     reads: u64,
+    /// By how much the guest is slowed down, and by how much it was at most, per cent.
+    throttle: (u8, u8),
     costs: Costs,
 }
 
@@ -110,6 +112,7 @@ impl Fake {
             devices,
             dirty_log: false,
             reads: 0,
+            throttle: (0, 0),
             costs: Costs::default(),
         };
         Fake {
@@ -191,12 +194,18 @@ impl SourceVm for Fake {
             self.ram.write(0, &state.reads.to_le_bytes())?;
         }
         let mut runs = Vec::new();
-        for page in 0..self.faults.busy.max(1) {
+        let busy = self.faults.busy * u64::from(100 - state.throttle.0) / 100;
+        for page in 0..busy.max(1) {
             let gpa = (page + state.reads) % (self.ram.size() / PAGE_SIZE) * PAGE_SIZE;
             self.ram.write(gpa + 8, &state.reads.to_le_bytes())?;
             runs.push(PageRun { gpa, pages: 1 });
         }
         Ok(runs)
+    }
+
+    fn cpu_throttle_set(&self, percentage: u8) {
+        let throttle = &mut self.lock().throttle;
+        *throttle = (percentage, throttle.1.max(percentage));
     }
 
     fn migration_stop_vm(&self, stop: &mut Stop) -> Result<(), control::Error> {

@@ -1,7 +1,7 @@
 //! What a migration ends in when the connection holds.
 
 use super::super::predict::Basis;
-use super::super::settings::{Capability, Parameter};
+use super::super::settings::{Capability, Parameter, TimeoutAction};
 use super::*;
 
 #[test]
@@ -194,6 +194,64 @@ fn a_guest_that_does_not_converge_runs_on() {
 }
 
 #[test]
+fn a_guest_that_is_slowed_down_converges() {
+    let (source, target) = (Fake::source().with(|f| f.busy = PAGES), Fake::target());
+    let bench = Bench::new();
+    let settings = bench.source.settings();
+    // A quarter of what is dirty fits: the guest has to rest for 75 % of the time.
+    let parameters = [
+        (Parameter::DowntimeLimit, 10),
+        (Parameter::MaxBandwidth, 1 << 20),
+    ];
+    settings.set_parameters(&parameters).unwrap();
+    settings.set_capabilities(&[(Capability::AutoConverge, true)]);
+    let outcome = bench.migrate(&source, &target, Parameters::default(), |uri| uri);
+    check(&source, &target, &outcome);
+    assert_eq!(outcome.source.status, Some(MigrationStatus::Completed));
+    let (now, most) = source.lock().throttle;
+    assert_eq!(
+        now, 0,
+        "a guest is slowed down no longer than its migration"
+    );
+    assert!((70..=90).contains(&most), "{most}");
+}
+
+/// A guest that needs 125 ms a round and never converges, with a second to do it in.
+fn with_a_timeout(action: TimeoutAction) -> (Fake, Outcome) {
+    let (source, target) = (Fake::source().with(|f| f.busy = PAGES), Fake::target());
+    let bench = Bench::new();
+    let settings = bench.source.settings();
+    let parameters = [
+        (Parameter::DowntimeLimit, 10),
+        (Parameter::MaxBandwidth, 1 << 18),
+        (Parameter::MigrationTimeout, 1),
+    ];
+    settings.set_parameters(&parameters).unwrap();
+    settings.set_timeout_action(action);
+    let outcome = bench.migrate(&source, &target, Parameters::default(), |uri| uri);
+    check(&source, &target, &outcome);
+    (source, outcome)
+}
+
+#[test]
+fn a_migration_that_takes_too_long_is_given_up() {
+    let (source, outcome) = with_a_timeout(TimeoutAction::Cancel);
+    assert_eq!(source.run_state(), RunState::Running);
+    assert_eq!(outcome.source.status, Some(MigrationStatus::Failed));
+    let error = outcome.source.error_desc.unwrap();
+    let start = "the guest could not be stopped within migration-timeout, 1 s";
+    assert!(error.starts_with(start), "{error}");
+}
+
+#[test]
+fn a_migration_that_takes_too_long_is_forced() {
+    let (_, outcome) = with_a_timeout(TimeoutAction::Force);
+    assert_eq!(outcome.source.status, Some(MigrationStatus::Completed));
+    let took = outcome.source.total_time.unwrap();
+    assert!((1000..10_000).contains(&took), "{took}");
+}
+
+#[test]
 fn a_limit_below_what_any_stop_takes_is_refused_with_the_figures() {
     let (source, target) = (Fake::source(), Fake::target());
     let bench = Bench::new();
@@ -215,7 +273,7 @@ fn what_a_stop_has_cost_goes_with_the_guest() {
     assert_eq!(first.basis, Basis::Rehearsal);
     assert_eq!(first.achieved_ns, blackout.downtime_ns);
     let costs = source.lock().costs.clone();
-    assert!(costs.rest.ns() > 0, "{costs:?}");
+    assert!(costs.rest.median() > 0, "{costs:?}");
     assert_eq!(target.lock().costs, costs);
 
     let next = Fake::target();
@@ -227,7 +285,7 @@ fn what_a_stop_has_cost_goes_with_the_guest() {
         .iter()
         .find(|part| part.name == "rest")
         .unwrap();
-    assert_eq!(rest.predicted_ns, costs.rest.ns());
+    assert_eq!(rest.predicted_ns, costs.rest.median());
 }
 
 #[test]
