@@ -65,8 +65,8 @@ fn timeline(migration: &Migration) -> Timeline<'_> {
     });
     let ioctls = migration.ioctls.iter().map(|ioctl| Piece {
         side: ioctl.side,
-        name: &ioctl.name,
-        detail: "",
+        name: ioctl.attr_name().unwrap_or(&ioctl.name),
+        detail: ioctl.attr_name().map_or("", |_| &ioctl.name),
         kind: "kernel",
         at: ioctl.start_ns,
         took: ioctl.duration_ns,

@@ -2,6 +2,8 @@
 // Draws each migration's timeline as SVG, zoomed by buttons, keys, drags, pinches and Ctrl + wheel.
 const NS = 'http://www.w3.org/2000/svg';
 const ROW = 18;
+// How wide a timeline is drawn for paper, which then scales it.
+const PAPER = 720;
 const KINDS = { work: 'work', layer: 'layer', wait: 'waits', kernel: 'KVM ioctl', wire: 'message', dark: 'vCPU out' };
 const data = JSON.parse(document.getElementById('data').textContent);
 
@@ -115,8 +117,8 @@ function timeline(box, migration) {
     const pivot = start + (end - start) * at;
     show([pivot - (pivot - start) * factor, pivot + (end - pivot) * factor]);
   }
-  function draw() {
-    const width = Math.max(svg.clientWidth || box.clientWidth || 800, 200);
+  function draw(paper) {
+    const width = Math.max(paper || svg.clientWidth || box.clientWidth || 800, 200);
     const [start, end] = view;
     const x = (ns) => (ns - start) / (end - start) * width;
     svg.textContent = '';
@@ -234,5 +236,6 @@ function open(index) {
 const pick = document.getElementById('pick');
 if (pick) pick.onchange = () => open(Number(pick.value));
 addEventListener('resize', () => drawn.forEach((draw) => draw()));
-addEventListener('beforeprint', () => drawn.forEach((draw) => draw()));
+addEventListener('beforeprint', () => drawn.forEach((draw) => draw(PAPER)));
+addEventListener('afterprint', () => drawn.forEach((draw) => draw()));
 open(0);

@@ -76,7 +76,35 @@ pub(super) fn breakdown(out: &mut dyn Write, migration: &Migration) -> io::Resul
         )?;
     }
     writeln!(out, "</tbody></table></details>")?;
+    interrupt_tables(out, migration)?;
     gaps(out, migration)
+}
+
+/// What the saves and restores of an interrupt controller's tables took, beside what an ITS maps.
+fn interrupt_tables(out: &mut dyn Write, migration: &Migration) -> io::Result<()> {
+    if migration.its.is_empty() {
+        return Ok(());
+    }
+    writeln!(
+        out,
+        "<details open><summary>Interrupt tables</summary><table><thead><tr><th></th><th>VMM</th>\
+         <th>kernel</th><th>devices</th><th>events</th></tr></thead><tbody>"
+    )?;
+    let count =
+        |count: Option<u64>| count.map_or_else(|| "–".to_owned(), |count| count.to_string());
+    for operation in migration.its.iter().take(ROWS) {
+        writeln!(
+            out,
+            "<tr><td>{} {}</td><td>{}</td><td>{}</td><td>{}</td><td>{}</td></tr>",
+            operation.side,
+            text(&operation.op),
+            time(operation.duration_ns),
+            operation.kernel_ns.map_or_else(|| "–".to_owned(), time),
+            count(operation.devices),
+            count(operation.events)
+        )?;
+    }
+    writeln!(out, "</tbody></table></details>")
 }
 
 fn gaps(out: &mut dyn Write, migration: &Migration) -> io::Result<()> {

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 use crate::analysis::clock::Basis;
 use crate::analysis::party::{Party, Side};
 use crate::analysis::{View, describe, kvm, migration};
-use crate::recording::FdKind;
+use crate::recording::{DeviceAttr, FdKind};
 
 /// The name of the schema and its version.
 pub const SCHEMA: &str = "blackout.report/1";
@@ -165,6 +165,14 @@ pub struct Loss {
     pub duration_ns: u64,
     /// How many.
     pub events: u64,
+}
+
+impl Ioctl {
+    /// What the device attribute that it takes is called, if it takes one that has a name.
+    pub fn attr_name(&self) -> Option<&'static str> {
+        let (group, attr) = (self.group?, self.attr?);
+        kvm::attr_name(self.fd_kind, DeviceAttr { group, attr })
+    }
 }
 
 /// One save or restore of tables.

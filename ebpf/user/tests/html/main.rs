@@ -82,6 +82,7 @@ fn the_page_needs_nothing_else_and_says_it_all_without_a_script() {
     for said in [
         "239.909 ms",
         "its_save_tables",
+        "<td>source its_save_tables</td><td>5.467 ms</td><td>5.138 ms</td><td>256</td><td>4096</td>",
         "Over 2 migrations",
         "Compared",
         "98.9 %",
@@ -138,6 +139,10 @@ fn a_browser_draws_the_timeline() {
     assert!(
         timeline.contains(">device_load its<"),
         "wide spans are named"
+    );
+    assert!(
+        timeline.contains(">ITS_RESTORE_TABLES<"),
+        "ioctls are named by what they do"
     );
 }
 
