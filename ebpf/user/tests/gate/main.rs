@@ -3,6 +3,7 @@
 mod cli;
 mod formats;
 mod sets;
+mod textfile;
 mod verdicts;
 
 use blackout::analysis::Side;

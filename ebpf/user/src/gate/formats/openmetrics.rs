@@ -1,4 +1,4 @@
-//! A textfile for Prometheus' node exporter, also valid OpenMetrics: gauges that stay after the
+//! A textfile for Prometheus' node exporter, also valid OpenMetrics: figures that stay after the
 //! migration's processes are gone. Times are seconds.
 
 use std::io::{self, Write};
@@ -7,19 +7,29 @@ use crate::gate::compare::Figures;
 use crate::gate::{Check, Verdict};
 use crate::sets::{Key, Samples};
 
-/// The families, each with its help: the order in which they are written.
-const FAMILIES: [(&str, &str); 5] = [
-    ("blackout_migrations", "Migrations measured."),
-    ("blackout_migrations_failed", "Migrations that failed."),
+/// The families, each with its type and its help: the order in which they are written.
+const FAMILIES: [(&str, &str, &str); 5] = [
+    ("blackout_migrations", "gauge", "Migrations measured."),
+    (
+        "blackout_migrations_failed",
+        "gauge",
+        "Migrations that failed.",
+    ),
     (
         "blackout_span_seconds",
+        "summary",
         "Part of a span in the downtime, over the migrations of a set.",
     ),
     (
         "blackout_shift_seconds",
+        "gauge",
         "By how much the current set is slower than the baseline.",
     ),
-    ("blackout_verdict", "0 pass, 1 regression, 2 inconclusive."),
+    (
+        "blackout_verdict",
+        "gauge",
+        "0 pass, 1 regression, 2 inconclusive.",
+    ),
 ];
 
 /// Writes a check: both sets, the shifts and the verdicts.
@@ -28,8 +38,8 @@ const FAMILIES: [(&str, &str); 5] = [
 /// What `out` returns.
 pub fn check(out: &mut dyn Write, check: &Check) -> io::Result<()> {
     let sets = [("baseline", &check.baseline), ("current", &check.current)];
-    for (family, help) in FAMILIES {
-        head(out, family, help)?;
+    for (family, kind, help) in FAMILIES {
+        head(out, family, kind, help)?;
         sets.iter()
             .try_for_each(|(name, set)| values(out, family, name, set))?;
         let judged = check.rows.iter().filter(|row| row.judged);
@@ -70,15 +80,15 @@ pub fn check(out: &mut dyn Write, check: &Check) -> io::Result<()> {
 /// # Errors
 /// What `out` returns.
 pub fn samples(out: &mut dyn Write, samples: &Samples) -> io::Result<()> {
-    for (family, help) in FAMILIES.into_iter().take(3) {
-        head(out, family, help)?;
+    for (family, kind, help) in FAMILIES.into_iter().take(3) {
+        head(out, family, kind, help)?;
         values(out, family, "current", samples)?;
     }
     writeln!(out, "# EOF")
 }
 
-fn head(out: &mut dyn Write, family: &str, help: &str) -> io::Result<()> {
-    writeln!(out, "# HELP {family} {help}\n# TYPE {family} gauge")
+fn head(out: &mut dyn Write, family: &str, kind: &str, help: &str) -> io::Result<()> {
+    writeln!(out, "# HELP {family} {help}\n# TYPE {family} {kind}")
 }
 
 /// A set's values of a family.
@@ -90,7 +100,8 @@ fn values(out: &mut dyn Write, family: &str, name: &str, set: &Samples) -> io::R
         }
         "blackout_span_seconds" => {
             for series in &set.series {
-                let figures = Figures::of(&series.sorted());
+                let sorted = series.sorted();
+                let figures = Figures::of(&sorted);
                 if figures.n == 0 {
                     continue;
                 }
@@ -106,6 +117,10 @@ fn values(out: &mut dyn Write, family: &str, name: &str, set: &Samples) -> io::R
                     let set = format!("set=\"{name}\",quantile=\"{quantile}\"");
                     writeln!(out, "{family}{{{labels},{set}}} {value}")?;
                 }
+                let sum: f64 = sorted.iter().map(|ns| seconds(*ns)).sum();
+                let set = format!("set=\"{name}\"");
+                writeln!(out, "{family}_sum{{{labels},{set}}} {sum}")?;
+                writeln!(out, "{family}_count{{{labels},{set}}} {}", figures.n)?;
             }
             Ok(())
         }
