@@ -1,8 +1,9 @@
-//! Has the linker give the monitor's code the same place in the file as in memory.
+//! Has the linker make a monitor that perf can probe.
 //!
-//! perf (6.1 at least) puts a probe at its address as if that were its offset in the file. lld packs
-//! segments so tightly that the two differ, and perf's probes would lie in the middle of something
-//! else. The other tools read the segments, and need none of this.
+//! perf knows programs by their build IDs, which lld does not give them by itself. And perf (6.1 at
+//! least) puts a probe at its address as if that were its offset in the file: lld packs segments so
+//! tightly that the two differ, and perf's probes would lie in the middle of something else. The other
+//! tools read the segments, and need none of this.
 
 use std::env;
 
@@ -10,10 +11,12 @@ fn main() {
     println!("cargo:rerun-if-changed=build.rs");
     // The linker itself, or a compiler that hands arguments on to it.
     let direct = env::var("RUSTC_LINKER").is_ok_and(|linker| linker.ends_with("lld"));
-    let argument = if direct {
-        "-zseparate-loadable-segments"
+    let arguments = if direct {
+        ["-zseparate-loadable-segments", "--build-id"]
     } else {
-        "-Wl,-z,separate-loadable-segments"
+        ["-Wl,-z,separate-loadable-segments", "-Wl,--build-id"]
     };
-    println!("cargo:rustc-link-arg-bins={argument}");
+    for argument in arguments {
+        println!("cargo:rustc-link-arg-bins={argument}");
+    }
 }

@@ -144,7 +144,7 @@ fn stage(programs: &[PathBuf], manual: &Path) -> Result<PathBuf> {
     Ok(root)
 }
 
-/// A program has to be for `arch` and static; the monitor needs every probe.
+/// A program has to be for `arch` and static; the monitor needs every probe, and a build ID.
 fn examine(program: &Path, arch: &str) -> Result<()> {
     let header = command::output(Command::new("readelf").args(["-hlnW"]).arg(program))?;
     let machine = match arch {
@@ -155,6 +155,10 @@ fn examine(program: &Path, arch: &str) -> Result<()> {
     ensure!(header.contains(machine), "{name} is not for {arch}");
     ensure!(!header.contains("INTERP"), "{name} is not static");
     if program.ends_with("blackout-vmm") {
+        ensure!(
+            header.contains("Build ID: "),
+            "{name} has no build ID, by which perf knows programs"
+        );
         let notes = header.lines().map(str::trim);
         let lacks = |probe: &&str| !notes.clone().any(|line| line == format!("Name: {probe}"));
         let missing: Vec<_> = PROBES
