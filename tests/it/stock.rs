@@ -4,19 +4,17 @@ use std::fs;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::thread;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use blackout_abi::probes::PROBES;
 use harness::pair::{Monitor, Pair, Transport};
-use harness::{VmmOptions, programs, skip};
+use harness::{VmmOptions, attached, programs, skip};
 use nix::sys::signal::{Signal, kill};
 use nix::unistd::Pid;
 
-const LIMIT: Duration = Duration::from_secs(60);
-
-/// How long perf gets to attach: it does not say when it has.
-const ATTACH: Duration = Duration::from_secs(5);
+/// The testbed is emulated, and may share its machine.
+const LIMIT: Duration = Duration::from_secs(120);
 
 #[test]
 fn gdb_lists_every_probe() -> Result<()> {
@@ -38,6 +36,43 @@ fn gdb_lists_every_probe() -> Result<()> {
 }
 
 #[test]
+fn gdb_stops_where_the_downtime_begins() -> Result<()> {
+    if missing("gdb") {
+        skip!("gdb is not on this machine");
+    }
+    let mut pair = Pair::spawn(Monitor::Blackout, Transport::Unix, &options(), LIMIT)?;
+    let output = pair.source.dir().join("gdb");
+    let file = fs::File::create(&output)?;
+    let mut gdb = Command::new("gdb");
+    gdb.args(["-nx", "-batch", "-p", &pair.source.pid().to_string()]);
+    for command in [
+        "break -probe-stap vmm:migration_stop_vm_begin",
+        "continue",
+        "bt",
+        "set language c",
+        "print (char *) $_probe_arg0",
+    ] {
+        gdb.args(["-ex", command]);
+    }
+    gdb.stdin(Stdio::null()).stdout(file).stderr(Stdio::null());
+    let mut gdb = gdb.spawn()?;
+    let said = || fs::read_to_string(&output).unwrap_or_default();
+    let deadline = Instant::now() + LIMIT;
+    // It says nothing more before the breakpoint is hit; a moment later the monitor runs again.
+    while !said().contains("Breakpoint 1 at") {
+        ensure!(Instant::now() < deadline, "gdb did not attach: {}", said());
+        thread::sleep(Duration::from_millis(100));
+    }
+    let answer = pair.source.qmp.migrate(&pair.uri, LIMIT)?;
+    ensure!(answer["status"] == "completed", "{answer}");
+    gdb.wait()?;
+    for words in ["vmm::migration::", "\"finish-migrate\""] {
+        ensure!(said().contains(words), "no {words} in {}", said());
+    }
+    Ok(())
+}
+
+#[test]
 fn perf_records_a_migration_by_its_probes() -> Result<()> {
     if missing("perf") {
         skip!("perf is not on this machine");
@@ -47,11 +82,7 @@ fn perf_records_a_migration_by_its_probes() -> Result<()> {
     let Some(_probes) = Probes::add(home.path())? else {
         skip!("this kernel or this user has no uprobes for perf");
     };
-    let options = VmmOptions {
-        memory: "32M".into(),
-        ..VmmOptions::default()
-    };
-    let mut pair = Pair::spawn(Monitor::Blackout, Transport::Unix, &options, LIMIT)?;
+    let mut pair = Pair::spawn(Monitor::Blackout, Transport::Unix, &options(), LIMIT)?;
     let data = home.path().join("perf.data");
     let mut recorder = Command::new("perf")
         .env("HOME", home.path())
@@ -64,7 +95,7 @@ fn perf_records_a_migration_by_its_probes() -> Result<()> {
         .stderr(Stdio::null())
         .spawn()
         .context("perf record")?;
-    thread::sleep(ATTACH);
+    attached::wait(recorder.id())?;
     let answer = pair.source.qmp.migrate(&pair.uri, LIMIT)?;
     ensure!(answer["status"] == "completed", "{answer}");
     kill(Pid::from_raw(recorder.id().cast_signed()), Signal::SIGINT)?;
@@ -94,6 +125,13 @@ fn perf_records_a_migration_by_its_probes() -> Result<()> {
         ensure!(report.contains(words), "no {words:?} in {report}");
     }
     Ok(())
+}
+
+fn options() -> VmmOptions {
+    VmmOptions {
+        memory: "32M".into(),
+        ..VmmOptions::default()
+    }
 }
 
 /// Our own report of what `perf script` printed.
@@ -129,6 +167,9 @@ impl<'a> Probes<'a> {
         ensure!(known.status.success(), "{known:?}");
         let probes = Probes { home };
         let added = perf(home, &["probe", "--add", "sdt_vmm:*"])?;
+        if !added.status.success() {
+            println!("{}", String::from_utf8_lossy(&added.stderr));
+        }
         Ok(added.status.success().then_some(probes))
     }
 }

@@ -3,6 +3,7 @@
 //!
 //! Programs are found by environment variables that `cargo xtask` sets; see [`programs`].
 
+pub mod attached;
 pub mod bridge;
 pub mod certificates;
 pub mod cpus;

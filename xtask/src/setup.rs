@@ -6,6 +6,7 @@ mod python;
 mod root_disk;
 mod rust;
 pub(crate) mod speedscope;
+pub(crate) mod stock_tools;
 
 use std::env::consts::ARCH;
 
@@ -40,6 +41,8 @@ pub(crate) enum Purpose {
     Test,
     /// Running the tests that take long.
     SlowTest,
+    /// Having bpftrace, perf and gdb in the arm64 testbed.
+    StockTools,
     /// Looking at the HTML report in a real browser, as its tests then do.
     Browser,
     /// Making what others install.
@@ -151,6 +154,7 @@ fn needs(purposes: &[Purpose]) -> Vec<Box<dyn Need>> {
             ("aarch64-linux-gnu-gcc", "gcc-aarch64-linux-gnu"),
             ("dtrace", "systemtap-sdt-dev"),
             ("prometheus", "prometheus"),
+            ("prometheus-node-exporter", "prometheus-node-exporter"),
             ("xmllint", "libxml2-utils"),
         ] {
             needs.push(Box::new(Program { name, package }));
@@ -159,6 +163,9 @@ fn needs(purposes: &[Purpose]) -> Vec<Box<dyn Need>> {
     }
     if purposes.contains(&Purpose::SlowTest) {
         needs.push(Box::new(root_disk::RootDisk));
+    }
+    if purposes.contains(&Purpose::StockTools) {
+        needs.push(Box::new(stock_tools::StockTools));
     }
     if purposes.contains(&Purpose::Browser) {
         needs.push(Box::new(Program {

@@ -250,6 +250,12 @@ fn in_testbed(
     for (name, program) in artifacts::build_tests(platform)? {
         testbed = testbed.file(program, format!("/tests/{name}"));
     }
+    if arguments.slow && kernel.arch == Arch::Aarch64 {
+        match setup::ensure(&[Purpose::StockTools]) {
+            Ok(()) => testbed = testbed.usr(&setup::stock_tools::folder()?),
+            Err(error) => println!("{error:#}\nwithout them, tests that need them are skipped"),
+        }
+    }
     let every_program =
         r#"failed=0; for test in /tests/*; do "$test" "$@" || failed=1; done; exit $failed"#;
     let mut program = vec!["sh", "-c", every_program, "sh"];

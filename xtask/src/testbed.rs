@@ -7,7 +7,7 @@ mod machine;
 use std::io::{self, Write};
 use std::time::Duration;
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 
 pub(crate) use self::machine::{Mode, STARTED_AGAIN, Testbed};
 use crate::artifacts::{self, Platform};
@@ -36,6 +36,9 @@ pub(crate) struct Arguments {
     /// Show it the tests' Linux guests, as /share/linux.
     #[arg(long)]
     linux: bool,
+    /// Give it Debian's bpftrace, perf and gdb (arm64).
+    #[arg(long)]
+    tools: bool,
     /// The testbed's memory in MiB.
     #[arg(long, default_value_t = 2048)]
     memory: u32,
@@ -72,6 +75,14 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
         testbed = testbed
             .shared(&linux::prepare(arguments.arch)?, "linux")?
             .env(linux::VARIABLE, "/share/linux");
+    }
+    if arguments.tools {
+        ensure!(
+            arguments.arch == Arch::Aarch64,
+            "--tools are of the arm64 testbed"
+        );
+        setup::ensure(&[Purpose::StockTools])?;
+        testbed = testbed.usr(&setup::stock_tools::folder()?);
     }
     for file in &arguments.file {
         let (host, guest) = file

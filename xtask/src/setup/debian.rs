@@ -120,6 +120,27 @@ impl Archive {
             .with_context(|| format!("cannot remove {}", downloads.display()))
     }
 
+    /// Fetches and verifies `packages` with all that they depend on, as if nothing were installed, and
+    /// unpacks them into `target`.
+    pub(crate) fn unpack_all(&self, packages: &[&str], target: &Path) -> Result<()> {
+        let downloads = self.folder.join("cache/archives");
+        command::run(
+            self.apt("apt-get")
+                .args(["-q", "--yes", "--no-install-recommends", "--download-only"])
+                .arg("install")
+                .args(packages),
+        )?;
+        for entry in fs::read_dir(&downloads)? {
+            let file = entry?.path();
+            if file.extension().is_some_and(|extension| extension == "deb") {
+                command::run(Command::new("dpkg").arg("--extract").arg(&file).arg(target))?;
+                fs::remove_file(&file)
+                    .with_context(|| format!("cannot remove {}", file.display()))?;
+            }
+        }
+        Ok(())
+    }
+
     fn apt(&self, program: &str) -> Command {
         let mut apt = Command::new(program);
         apt.arg("-c").arg(self.folder.join("apt.conf"));

@@ -140,6 +140,14 @@ impl Testbed {
         self
     }
 
+    /// Mounts `folder` of this machine, which it can't change, as `/usr`: programs with their libraries.
+    pub(crate) fn usr(mut self, folder: &Path) -> Self {
+        let folder = option(folder);
+        let shared = format!("local,path={folder},mount_tag=usr,security_model=none,readonly=on");
+        self.devices.extend(["-virtfs".to_owned(), shared]);
+        self
+    }
+
     /// Lets its clock begin at `date`.
     pub(crate) fn clock(mut self, date: &str) -> Self {
         self.devices
