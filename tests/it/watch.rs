@@ -1,5 +1,6 @@
 //! `blackout watch`: a service that keeps what migrates, and a Prometheus that reads it.
 
+use std::env;
 use std::fs;
 use std::io::{Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
@@ -26,6 +27,10 @@ struct Watching {
 
 impl Watching {
     fn start(folder: &Path) -> Result<Self> {
+        Self::start_with(folder, &[])
+    }
+
+    fn start_with(folder: &Path, more: &[&str]) -> Result<Self> {
         let ready = folder.with_extension("ready");
         let _ = fs::remove_file(&ready);
         let mut watch = Command::new(programs::tool()?);
@@ -37,7 +42,7 @@ impl Watching {
             "50",
             "--folder",
         ]);
-        watch.arg(folder).arg("--ready").arg(&ready);
+        watch.arg(folder).arg("--ready").arg(&ready).args(more);
         let process = Killed(watch.stderr(Stdio::null()).spawn()?);
         wait_for(&ready)?;
         let end = Instant::now() + LIMIT;
@@ -160,6 +165,64 @@ fn a_prometheus_reads_a_watcher() -> Result<()> {
             return Ok(());
         }
         ensure!(Instant::now() < end, "Prometheus has nothing: {answer:?}");
+        thread::sleep(Duration::from_millis(300));
+    }
+}
+
+#[test]
+fn a_collector_takes_a_migration_as_a_trace() -> Result<()> {
+    need_tool!();
+    let Some(python) = env::var_os("BLACKOUT_PYTHON") else {
+        skip!("BLACKOUT_PYTHON is not set: no Python with rotel here");
+    };
+    // Rotel is a collector of its own make: it shares no code with what sends.
+    let where_it_is =
+        "import importlib.util as u; print(*u.find_spec('rotel').submodule_search_locations)";
+    let found = Command::new(python).args(["-c", where_it_is]).output()?;
+    if !found.status.success() {
+        skip!("that Python has no rotel");
+    }
+    let program = Path::new(String::from_utf8(found.stdout)?.trim()).join("rotel-agent");
+    let dir = tempfile::tempdir()?;
+    let log = dir.path().join("log");
+    let port = || TcpListener::bind("127.0.0.1:0")?.local_addr();
+    let (http, grpc) = (port()?, port()?);
+    let mut collector = Command::new(program);
+    collector.args(["start", "--exporter", "blackhole", "--debug-log", "traces"]);
+    collector.args(["--debug-log-verbosity", "detailed"]);
+    collector.arg(format!("--otlp-http-endpoint={http}"));
+    collector.arg(format!("--otlp-grpc-endpoint={grpc}"));
+    let output = fs::File::create(&log)?;
+    collector.stderr(output.try_clone()?).stdout(output);
+    let _collector = Killed(collector.spawn()?);
+
+    let url = format!("http://{http}");
+    let folder = dir.path().join("kept");
+    let watching = Watching::start_with(&folder, &["--otlp", &url])?;
+    let id = migrate()?;
+    let sent = "blackout_traces_total{result=\"sent\"}";
+    ensure!(watching.value(sent)? >= 1.0);
+    let metrics = watching.metrics()?;
+    ensure!(!metrics.contains("result=\"failed\""), "{metrics}");
+    let end = Instant::now() + LIMIT;
+    loop {
+        let seen = fs::read_to_string(&log)?;
+        let parts = [
+            &id.to_string(),
+            "migration source",
+            "migration destination",
+            "downtime",
+            "do_vm_stop",
+            "ioctl KVM_",
+        ];
+        let missing: Vec<_> = parts.iter().filter(|part| !seen.contains(**part)).collect();
+        if missing.is_empty() {
+            return Ok(());
+        }
+        ensure!(
+            Instant::now() < end,
+            "the collector has no {missing:?}: {seen}"
+        );
         thread::sleep(Duration::from_millis(300));
     }
 }

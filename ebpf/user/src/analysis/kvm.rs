@@ -7,6 +7,9 @@ pub const GRP_REDIST_REGS: u32 = 5;
 /// `KVM_DEV_ARM_VGIC_GRP_CTRL`
 pub const GRP_CTRL: u32 = 4;
 
+/// KVM's type of ioctls.
+const KVMIO: u8 = 0xae;
+
 /// The number of `KVM_SET_DEVICE_ATTR` within KVM's type.
 const NR_SET_DEVICE_ATTR: u8 = 0xe1;
 
@@ -139,7 +142,7 @@ pub fn ioctl_name(ioctl: &Ioctl) -> String {
     };
     NAMES
         .iter()
-        .find(|(other, on, _)| kind == 0xae && *other == number && fits(*on))
+        .find(|(other, on, _)| kind == KVMIO && *other == number && fits(*on))
         .map_or_else(
             || format!("ioctl {:#x}", ioctl.cmd),
             |(.., name)| (*name).to_owned(),
@@ -174,28 +177,29 @@ pub fn sets_attr(ioctl: &Ioctl, kind: FdKind, group: u32) -> Option<u64> {
     (number == NR_SET_DEVICE_ATTR && fits && attr.group == group).then_some(attr.attr)
 }
 
-/// Whether the ioctl reads general registers of a vCPU, as every monitor does that saves one.
+/// Whether the ioctl reads general registers of a vCPU, as every monitor does that saves one:
+/// `KVM_GET_REGS`, `KVM_GET_ONE_REG`.
 pub fn reads_registers(ioctl: &Ioctl) -> bool {
-    is_one_of(ioctl, &["KVM_GET_REGS", "KVM_GET_ONE_REG"])
+    // On a VM, the second number is another ioctl's.
+    is_one_of(ioctl, &[0x81]) || ioctl.fd_kind != FdKind::Vm && is_one_of(ioctl, &[0xab])
 }
 
-/// Whether the ioctl writes general registers of a vCPU, as every monitor does that restores one.
+/// Whether the ioctl writes general registers of a vCPU, as every monitor does that restores one:
+/// `KVM_SET_REGS`, `KVM_SET_ONE_REG`.
 pub fn writes_registers(ioctl: &Ioctl) -> bool {
-    is_one_of(ioctl, &["KVM_SET_REGS", "KVM_SET_ONE_REG"])
+    is_one_of(ioctl, &[0x82, 0xac])
 }
 
-/// Whether the ioctl asks what the guest has written.
+/// Whether the ioctl asks what the guest has written: `KVM_GET_DIRTY_LOG`, `KVM_CLEAR_DIRTY_LOG`,
+/// `KVM_RESET_DIRTY_RINGS`.
 pub fn reads_dirty_log(ioctl: &Ioctl) -> bool {
-    let ways = [
-        "KVM_GET_DIRTY_LOG",
-        "KVM_CLEAR_DIRTY_LOG",
-        "KVM_RESET_DIRTY_RINGS",
-    ];
-    is_one_of(ioctl, &ways)
+    is_one_of(ioctl, &[0x42, 0xc0, 0xc7])
 }
 
-fn is_one_of(ioctl: &Ioctl, names: &[&str]) -> bool {
-    names.contains(&ioctl_name(ioctl).as_str())
+/// By number: these are asked of every ioctl of a recording.
+fn is_one_of(ioctl: &Ioctl, numbers: &[u8]) -> bool {
+    let [number, kind, ..] = ioctl.cmd.to_le_bytes();
+    kind == KVMIO && numbers.contains(&number)
 }
 
 #[cfg(test)]

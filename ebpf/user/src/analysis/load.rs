@@ -4,9 +4,13 @@ use std::collections::{BTreeMap, HashMap};
 use std::io::Read;
 use std::iter::successors;
 use std::mem;
+use std::path::Path;
 use std::sync::Arc;
 
+use blackout_abi::Edge;
+
 use super::loss::{Loss, Losses};
+use super::scan::{self, Windows};
 use super::spans::{self, Event, Meaning, Point, Problem, Span};
 use crate::recording::{
     Cost, Ending, Error, Frame, Header, Hit, Ioctl, KernelFn, Reader, Relation, VcpuEdges, VcpuGap,
@@ -28,6 +32,10 @@ pub struct Loaded {
     pub cost: Option<Cost>,
     /// Hits of probes that the recording does not define: they cannot be read.
     pub undefined_hits: u64,
+    /// Events that were not kept, because there were more of them than a report can be about.
+    pub left_out: u64,
+    /// When its first event was, ns, be it kept or not.
+    pub first_ns: Option<u64>,
     /// The recording that this one was joined to, by its header, and how this one's clock relates to
     /// that one's.
     pub joined: Option<(Header, Relation)>,
@@ -35,12 +43,63 @@ pub struct Loaded {
     pub processes: BTreeMap<u32, Process>,
 }
 
+/// At most so many events are kept of a recording: a third of a GiB.
+const MOST: u64 = 2 << 20;
+
 /// What of a recording is understood only when all of it was read.
-#[derive(Default)]
 struct Open {
+    windows: Windows,
     meanings: HashMap<u32, Arc<Meaning>>,
-    hits: HashMap<(u32, u32), Vec<Event>>,
+    hits: HashMap<(u32, u32), Hits>,
     lost: Vec<Loss>,
+    /// Events that are kept.
+    kept: u64,
+}
+
+impl Open {
+    fn new(windows: Windows) -> Self {
+        Self {
+            windows,
+            meanings: HashMap::new(),
+            hits: HashMap::new(),
+            lost: Vec::new(),
+            kept: 0,
+        }
+    }
+}
+
+/// The hits of a thread that are kept.
+#[derive(Default)]
+struct Hits {
+    events: Vec<Event>,
+    /// How many of the last ones are begins outside of all windows. With their ends they go away.
+    open: usize,
+}
+
+impl Hits {
+    /// Keeps a hit, unless it is outside of all windows and makes, or made, no span that reaches into
+    /// one. Says how many more or fewer are kept.
+    fn take(&mut self, event: Event, is_inside: bool) -> i64 {
+        let closes = |last: &Event| {
+            last.meaning.row == event.meaning.row && last.meaning.provider == event.meaning.provider
+        };
+        match (is_inside, event.meaning.edge) {
+            (true, _) => self.open = 0,
+            (false, Edge::Point) => return 0,
+            (false, Edge::Begin) => self.open += 1,
+            (false, Edge::End) if self.events.is_empty() => return 0,
+            (false, Edge::End) => {
+                if self.open > 0 && self.events.last().is_some_and(closes) {
+                    self.open -= 1;
+                    self.events.pop();
+                    return -1;
+                }
+                self.open = 0;
+            }
+        }
+        self.events.push(event);
+        1
+    }
 }
 
 /// A process of a recording.
@@ -65,6 +124,8 @@ pub struct Thread {
     pub points: Vec<Point>,
     /// Where its probes do not pair.
     pub problems: Vec<Problem>,
+    /// Whether the kernel was seen to do something for it.
+    pub has_kernel: bool,
     /// Its KVM ioctls.
     pub ioctls: Vec<Ioctl>,
     /// Kernel functions it was seen in.
@@ -102,16 +163,41 @@ impl Loaded {
     ///
     /// # Errors
     /// What the reader returns; a cut recording is none.
-    pub fn read<R: Read>(name: String, mut reader: Reader<R>) -> Result<Vec<Self>, Error> {
+    pub fn read<R: Read>(name: String, reader: Reader<R>) -> Result<Vec<Self>, Error> {
+        Self::within(name, reader, Vec::new())
+    }
+
+    /// Reads of the file at `path` what migrations need of it, which takes memory for them and not for
+    /// the recording. What can be read only once is read whole.
+    ///
+    /// # Errors
+    /// As for [`Loaded::read`].
+    pub fn read_migrations(path: &Path) -> Result<Vec<Self>, Error> {
+        let windows = if path.is_file() {
+            scan::windows(Reader::open(path)?)?
+        } else {
+            Vec::new()
+        };
+        Self::within(path.display().to_string(), Reader::open(path)?, windows)
+    }
+
+    /// Keeps of each recording what lies in its windows; of one that has none, all.
+    fn within<R: Read>(
+        name: String,
+        mut reader: Reader<R>,
+        windows: Vec<Windows>,
+    ) -> Result<Vec<Self>, Error> {
+        let mut windows = windows.into_iter();
+        let mut next = || Open::new(windows.next().unwrap_or_else(Windows::all));
         let mut loaded = Vec::new();
         let mut one = Self::new(&name);
-        let mut open = Open::default();
+        let mut open = next();
         let mut before = reader.ending();
         while let Some(frame) = reader.next() {
             let frame = frame?;
             if let Frame::Joined(relation) = frame {
                 let first = loaded.first().unwrap_or(&one).header.clone();
-                one.finish(before, mem::take(&mut open));
+                one.finish(before, mem::replace(&mut open, next()));
                 let next = Self::new(&name);
                 loaded.push(mem::replace(&mut one, next));
                 one.joined = Some((first, relation));
@@ -133,6 +219,8 @@ impl Loaded {
             lost: Losses::default(),
             cost: None,
             undefined_hits: 0,
+            left_out: 0,
+            first_ns: None,
             joined: None,
             processes: BTreeMap::new(),
         }
@@ -141,8 +229,8 @@ impl Loaded {
     fn finish(&mut self, ending: Ending, open: Open) {
         self.ending = ending;
         self.lost = Losses::new(open.lost);
-        for ((pid, tid), events) in open.hits {
-            let paired = spans::pair(events);
+        for ((pid, tid), hits) in open.hits {
+            let paired = spans::pair(hits.events);
             let thread = self.thread(pid, tid);
             (thread.spans, thread.points) = (paired.spans, paired.points);
             thread.problems = paired.problems;
@@ -177,24 +265,54 @@ impl Loaded {
                 args,
             }) => match open.meanings.get(&probe) {
                 Some(meaning) => {
-                    let meaning = Arc::clone(meaning);
-                    open.hits.entry((pid, tid)).or_default().push(Event {
+                    self.began(ts_ns);
+                    let event = Event {
                         ts_ns,
-                        meaning,
+                        meaning: Arc::clone(meaning),
                         values: args,
-                    });
+                    };
+                    if open.kept >= MOST {
+                        self.left_out += 1;
+                        return;
+                    }
+                    let is_inside = open.windows.meet(ts_ns, ts_ns);
+                    let hits = open.hits.entry((pid, tid)).or_default();
+                    let more = hits.take(event, is_inside);
+                    open.kept = open.kept.saturating_add_signed(more);
                 }
                 None => self.undefined_hits += 1,
             },
-            Frame::Ioctl(ioctl) => self.thread(ioctl.pid, ioctl.tid).ioctls.push(ioctl),
+            Frame::Ioctl(ioctl) => {
+                let thread = self.thread(ioctl.pid, ioctl.tid);
+                thread.has_kernel = true;
+                self.began(ioctl.enter_ns);
+                if self.keeps(open, ioctl.enter_ns, ioctl.exit_ns) {
+                    self.thread(ioctl.pid, ioctl.tid).ioctls.push(ioctl);
+                }
+            }
             Frame::KernelFn(function) => {
-                self.thread(function.pid, function.tid)
-                    .functions
-                    .push(function);
+                let thread = self.thread(function.pid, function.tid);
+                thread.has_kernel = true;
+                self.began(function.enter_ns);
+                if self.keeps(open, function.enter_ns, function.exit_ns) {
+                    let thread = self.thread(function.pid, function.tid);
+                    thread.functions.push(function);
+                }
             }
             Frame::VcpuEdges(edges) => self.thread(edges.pid, edges.tid).edges = Some(edges),
-            Frame::VcpuGap(gap) => self.thread(gap.pid, gap.tid).gaps.push(gap),
-            Frame::VcpuGuest(guest) => self.thread(guest.pid, guest.tid).guest.push(guest),
+            Frame::VcpuGap(gap) => {
+                self.began(gap.exit_ns);
+                if self.keeps(open, gap.exit_ns, gap.enter_ns) {
+                    self.thread(gap.pid, gap.tid).gaps.push(gap);
+                }
+            }
+            Frame::VcpuGuest(guest) => {
+                // One that stays out left long before, maybe.
+                let until_ns = guest.entered_ns.unwrap_or(u64::MAX);
+                if self.keeps(open, guest.left_ns.unwrap_or(until_ns), until_ns) {
+                    self.thread(guest.pid, guest.tid).guest.push(guest);
+                }
+            }
             Frame::Lost {
                 since_ns,
                 at_ns,
@@ -207,6 +325,23 @@ impl Loaded {
             Frame::Cost(cost) => self.cost = Some(cost),
             Frame::Clock(_) | Frame::End { .. } | Frame::Joined(_) => {}
         }
+    }
+
+    /// Whether what lies between the two times is kept, which counts it.
+    fn keeps(&mut self, open: &mut Open, start_ns: u64, end_ns: u64) -> bool {
+        if !open.windows.meet(start_ns, end_ns) {
+            return false;
+        }
+        if open.kept >= MOST {
+            self.left_out += 1;
+            return false;
+        }
+        open.kept += 1;
+        true
+    }
+
+    fn began(&mut self, at_ns: u64) {
+        self.first_ns = Some(self.first_ns.map_or(at_ns, |before| before.min(at_ns)));
     }
 
     fn thread(&mut self, pid: u32, tid: u32) -> &mut Thread {

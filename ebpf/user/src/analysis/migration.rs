@@ -104,6 +104,10 @@ impl<'a> Migration<'a> {
                 let name = &party.recording.name;
                 doubts.push(format!("recording {name} is cut at byte {offset}"));
             }
+            if party.recording.left_out > 0 {
+                let events = party.recording.left_out;
+                doubts.push(format!("{events} events are more than a report can hold"));
+            }
             if party.recording.undefined_hits > 0 {
                 let hits = party.recording.undefined_hits;
                 doubts.push(format!(

@@ -1,6 +1,6 @@
 //! From frames to answers: what ran, which migrations there were, how long the guest ran nowhere.
 //!
-//! [`load`] reads a recording into one timeline a thread, where [`spans`] pairs its probes.
+//! [`load`] reads a recording into one timeline a thread, or only what migrations need of it, where [`spans`] pairs its probes.
 //! [`migration`] finds the migrations and joins their sides, each a [`party`] on one time axis
 //! ([`clock`]); [`downtime`] and [`its`] measure them. All of it is pure: no clock, no kernel.
 
@@ -15,6 +15,7 @@ pub mod loss;
 pub mod migration;
 mod order;
 pub mod party;
+mod scan;
 pub mod spans;
 mod took;
 pub mod wire;

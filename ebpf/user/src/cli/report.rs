@@ -11,7 +11,7 @@ use crate::analysis::{self, Loaded};
 use crate::gate::formats::openmetrics;
 use crate::gate::side_by_side::Compared;
 use crate::html::{self, Page};
-use crate::recording::{self, Ending, Reader};
+use crate::recording::{self, Ending};
 use crate::report::schema::Report;
 use crate::report::text;
 use crate::sets::collect::Collector;
@@ -105,12 +105,11 @@ pub(super) fn run(args: &Args) -> anyhow::Result<Outcome> {
     })
 }
 
-/// Reads whole recordings.
+/// Reads what migrations need of recordings.
 pub(super) fn read_all(paths: &[PathBuf]) -> Result<Vec<Loaded>, recording::Error> {
     let mut recordings = Vec::new();
     for path in paths {
-        let name = path.display().to_string();
-        recordings.extend(Loaded::read(name, Reader::open(path)?)?);
+        recordings.extend(Loaded::read_migrations(path)?);
     }
     Ok(recordings)
 }

@@ -14,6 +14,7 @@ use crate::capture::sites::Pattern;
 use crate::capture::{Backend, Options, Recorder, object};
 use crate::watch::keep::Folder;
 use crate::watch::metrics::Metrics;
+use crate::watch::traces::Traces;
 use crate::watch::{Watcher, http, migrations};
 
 /// Watch every VM of this host as a service, keep its last migrations, and hand out figures
@@ -44,6 +45,11 @@ pub(super) struct Args {
     #[arg(long, default_value = "127.0.0.1:9744", value_name = "ADDRESS")]
     listen: SocketAddr,
 
+    /// Send each migration as a trace to this collector of OpenTelemetry's, by OTLP over HTTP, such as
+    /// http://127.0.0.1:4318. There is no TLS: give one of this host, which can pass it on
+    #[arg(long, value_name = "URL")]
+    otlp: Option<String>,
+
     /// Create this file, with the address, as soon as everything is attached
     #[arg(long, value_name = "FILE")]
     ready: Option<PathBuf>,
@@ -69,7 +75,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<Outcome> {
     let metrics = Metrics::default();
     for segment in left {
         // Cut before its first frame, or damaged: nothing to be kept.
-        let count = migrations(&segment, &mut Metrics::default()).unwrap_or(0);
+        let count = migrations(&segment, &mut Metrics::default(), None).unwrap_or(0);
         folder.keep(segment, count)?;
     }
     let options = Options {
@@ -90,6 +96,8 @@ pub(super) fn run(args: &Args) -> anyhow::Result<Outcome> {
     // The thread that answers has no more rights than this one.
     recorder.give_up_rights(false)?;
     let address = http::serve(listener, metrics.clone())?;
+    let traces = args.otlp.as_deref();
+    let traces = traces.map(|url| Traces::start(url, &metrics)).transpose()?;
     eprintln!(
         "blackout: watching; http://{address}/metrics, recordings in {}",
         args.folder.display()
@@ -98,7 +106,7 @@ pub(super) fn run(args: &Args) -> anyhow::Result<Outcome> {
         fs::write(ready, format!("{address}\n"))
             .with_context(|| format!("cannot write {}", ready.display()))?;
     }
-    let mut watcher = Watcher::new(recorder, folder, metrics);
+    let mut watcher = Watcher::new(recorder, folder, metrics, traces);
     while !stop.load(Ordering::Relaxed) {
         watcher.turn()?;
     }

@@ -3,6 +3,7 @@
 pub mod chrome;
 pub mod csv;
 pub mod folded;
+pub mod otlp;
 pub mod perfetto;
 pub mod speedscope;
 mod stacks;

@@ -15,7 +15,7 @@ use thiserror::Error;
 use super::collect::{self, Collector};
 use super::{SCHEMA, Samples};
 use crate::analysis::{self, Loaded};
-use crate::recording::{self, MAGIC, Reader};
+use crate::recording::{self, MAGIC};
 use crate::report::schema::{self, Report};
 
 /// The largest JSON file that is read, in bytes: thousands of migrations.
@@ -146,8 +146,7 @@ fn kind(path: &Path) -> Result<Option<Kind>, Error> {
 fn joined(set: &mut Collector, place: &Path, paths: &[PathBuf]) -> Result<(), Error> {
     let mut recordings = Vec::new();
     for path in paths {
-        let name = path.display().to_string();
-        recordings.extend(Loaded::read(name, Reader::open(path)?)?);
+        recordings.extend(Loaded::read_migrations(path)?);
     }
     let report = Report::new(&analysis::find(&recordings));
     add(set, place, &report)

@@ -45,6 +45,11 @@ struct Part {
     name: String,
 }
 
+#[derive(Clone, Debug, PartialEq, Eq, Hash, EncodeLabelSet)]
+struct Sent {
+    result: &'static str,
+}
+
 type Histograms<L> = Family<L, Histogram, fn() -> Histogram>;
 
 /// The figures, shared between the recorder that writes and the server that reads.
@@ -61,6 +66,7 @@ pub struct Metrics {
     events: Counter,
     lost: Counter,
     cpu: Counter<f64, std::sync::atomic::AtomicU64>,
+    traces: Family<Sent, Counter>,
     names: HashSet<String>,
 }
 
@@ -80,6 +86,7 @@ impl Default for Metrics {
             events: Counter::default(),
             lost: Counter::default(),
             cpu: Counter::default(),
+            traces: Family::default(),
             names: HashSet::new(),
         };
         registry.register(
@@ -137,6 +144,11 @@ impl Default for Metrics {
             "CPU time of the recorder itself",
             Unit::Seconds,
             metrics.cpu.clone(),
+        );
+        registry.register(
+            "traces",
+            "Migrations that were to be sent to a collector of OpenTelemetry's",
+            metrics.traces.clone(),
         );
         *metrics.lock() = registry;
         metrics
@@ -199,6 +211,11 @@ impl Metrics {
         self.lost.inc_by(now.lost.saturating_sub(before.lost));
         self.cpu
             .inc_by(seconds(now.cpu_ns.saturating_sub(before.cpu_ns)));
+    }
+
+    /// Counts a migration that was to be sent, by what became of it: `sent`, `failed` or `dropped`.
+    pub(super) fn traced(&self, result: &'static str) {
+        self.traces.get_or_create(&Sent { result }).inc();
     }
 
     /// All of it, as OpenMetrics text.

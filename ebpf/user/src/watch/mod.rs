@@ -2,21 +2,24 @@
 //! have a migration in them.
 //!
 //! [`Watcher`] drives the recorder and decides where a segment ends; [`keep`] bounds what stays on the
-//! disk; [`metrics`] counts what the migrations were, and [`http`] hands that out.
+//! disk; [`metrics`] counts what the migrations were, and [`http`] hands that out; [`traces`] sends each
+//! to a collector of OpenTelemetry's.
 
 pub mod http;
 pub mod keep;
 pub mod metrics;
+pub mod traces;
 
 use std::path::PathBuf;
 use std::time::{Duration, Instant};
 
 use crate::analysis::{self, Loaded, kvm};
 use crate::capture::{self, Recorder};
-use crate::recording::{Frame, Reader};
+use crate::recording::Frame;
 
 use keep::Folder;
 use metrics::Metrics;
+use traces::Traces;
 
 /// A segment in which nothing migrates is thrown away after this long.
 const IDLE: Duration = Duration::from_secs(60);
@@ -36,6 +39,7 @@ pub struct Watcher {
     recorder: Recorder,
     folder: Folder,
     metrics: Metrics,
+    traces: Option<Traces>,
     begun: Instant,
     /// When something was last heard of a migration, in this segment.
     sign: Option<Instant>,
@@ -45,11 +49,17 @@ pub struct Watcher {
 
 impl Watcher {
     /// Goes on from a recorder that writes into [`Folder::segment`].
-    pub fn new(recorder: Recorder, folder: Folder, metrics: Metrics) -> Self {
+    pub fn new(
+        recorder: Recorder,
+        folder: Folder,
+        metrics: Metrics,
+        traces: Option<Traces>,
+    ) -> Self {
         Self {
             recorder,
             folder,
             metrics,
+            traces,
             begun: Instant::now(),
             sign: None,
             frames: 0,
@@ -94,28 +104,36 @@ impl Watcher {
     /// As for [`Watcher::turn`].
     pub fn finish(mut self) -> anyhow::Result<()> {
         let last = self.folder.segment().to_owned();
-        let Self { recorder, .. } = self;
-        recorder.finish()?;
-        let migrations = migrations(&last, &mut self.metrics)?;
+        self.recorder.finish()?;
+        let migrations = migrations(&last, &mut self.metrics, self.traces.as_ref())?;
+        if let Some(traces) = self.traces {
+            traces.finish();
+        }
         Ok(self.folder.keep(last, migrations)?)
     }
 
     fn look_at(&mut self, segment: PathBuf) -> anyhow::Result<()> {
-        let migrations = migrations(&segment, &mut self.metrics)?;
+        let migrations = migrations(&segment, &mut self.metrics, self.traces.as_ref())?;
         Ok(self.folder.keep(segment, migrations)?)
     }
 }
 
-/// Counts the migrations of a segment; gives their number.
+/// Counts the migrations of a segment, and has them sent; gives their number.
 ///
 /// # Errors
 /// When the segment cannot be read.
-pub fn migrations(segment: &std::path::Path, metrics: &mut Metrics) -> anyhow::Result<usize> {
-    let name = segment.display().to_string();
-    let recordings = Loaded::read(name, Reader::open(segment)?)?;
+pub fn migrations(
+    segment: &std::path::Path,
+    metrics: &mut Metrics,
+    traces: Option<&Traces>,
+) -> anyhow::Result<usize> {
+    let recordings = Loaded::read_migrations(segment)?;
     let migrations = analysis::find(&recordings);
     for migration in &migrations {
         metrics.migrated(migration);
+        if let Some(traces) = traces {
+            traces.migrated(migration);
+        }
     }
     Ok(migrations.len())
 }

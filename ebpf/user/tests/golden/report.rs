@@ -1,11 +1,13 @@
 //! The report as text and as JSON.
 
+use std::fs;
+
 use blackout::analysis::{self, Loaded, Migration};
 use blackout::recording::Reader;
 use blackout::report::schema::Report;
 use blackout::report::text;
 
-use crate::tape::Tape;
+use crate::tape::{Tape, Task};
 use crate::{TESTBED, check, scenarios};
 
 pub(crate) fn load(name: &str, bytes: &[u8]) -> Loaded {
@@ -19,7 +21,55 @@ pub(crate) fn golden(name: &str, tapes: &[Tape]) -> Report {
         .iter()
         .map(|tape| load("blackout.rec", &tape.bytes()))
         .collect();
-    outputs(name, &recordings)
+    let report = outputs(name, &recordings);
+    same_from_the_file(tapes, &report);
+    report
+}
+
+#[test]
+fn what_is_far_from_a_migration_is_not_held() {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("recording");
+    const KVM_IRQFD: u32 = 0x4020_ae76;
+    // Hours of ioctls before a migration, and after it.
+    let mut tape = Tape::new("testbed");
+    let task = Task { pid: 9, tid: 9 };
+    let busy = |tape: &mut Tape| {
+        for _ in 0..1_000 {
+            tape.vm_ioctl(task, KVM_IRQFD, 20).pass_us(5_000_000);
+        }
+    };
+    busy(&mut tape);
+    let migration = scenarios::completed();
+    let shift = tape.now_ns();
+    tape.append(&migration.warp(|ns| ns + shift));
+    busy(&mut tape);
+    fs::write(&path, tape.bytes()).unwrap();
+    let kept = Loaded::read_migrations(&path).unwrap().remove(0);
+    let thread = &kept.processes[&9].threads[&9];
+    assert!(
+        thread.has_kernel && thread.ioctls.len() < 10,
+        "{}",
+        thread.ioctls.len()
+    );
+    let whole = load("recording", &tape.bytes());
+    assert_eq!(whole.processes[&9].threads[&9].ioctls.len(), 2_000);
+    assert_eq!(kept.first_ns, whole.first_ns);
+    let report = |recording: Loaded| Report::new(&analysis::find(&[recording])).migrations;
+    let (kept, whole) = (report(kept), report(whole));
+    assert_eq!((kept.len(), &kept), (1, &whole));
+}
+
+/// What is read for the migrations alone makes the same report as all of it.
+fn same_from_the_file(tapes: &[Tape], whole: &Report) {
+    let folder = tempfile::tempdir().unwrap();
+    let mut recordings = Vec::new();
+    for (index, tape) in tapes.iter().enumerate() {
+        let path = folder.path().join(index.to_string());
+        fs::write(&path, tape.bytes()).unwrap();
+        recordings.extend(Loaded::read_migrations(&path).unwrap());
+    }
+    assert_eq!(&Report::new(&analysis::find(&recordings)), whole);
 }
 
 fn outputs(name: &str, recordings: &[Loaded]) -> Report {

@@ -84,6 +84,12 @@ impl Tape {
         self.now_ns
     }
 
+    /// What `other` has, whose times come after this one's by now.
+    pub(crate) fn append(&mut self, other: &Self) {
+        self.frames.extend(other.frames.iter().cloned());
+        self.now_ns += other.now_ns;
+    }
+
     /// Lets time go by.
     pub(crate) fn pass_us(&mut self, us: u64) -> &mut Self {
         self.now_ns += us * 1_000;
