@@ -18,9 +18,10 @@ mod shared;
 mod usdt;
 
 use aya_ebpf::EbpfContext;
-use aya_ebpf::macros::{fentry, fexit, kprobe, kretprobe, tracepoint, uprobe};
+use aya_ebpf::macros::{fentry, fexit, kprobe, kretprobe, raw_tracepoint, tracepoint, uprobe};
 use aya_ebpf::programs::{
-    FEntryContext, FExitContext, ProbeContext, RetProbeContext, TracePointContext,
+    FEntryContext, FExitContext, ProbeContext, RawTracePointContext, RetProbeContext,
+    TracePointContext,
 };
 use blackout_abi::event::Function;
 
@@ -66,34 +67,37 @@ fn ioctl_exit_plain(ctx: TracePointContext) -> u32 {
     0
 }
 
-/// `kvm:kvm_entry`
-#[tracepoint]
-fn guest_enter(_ctx: TracePointContext) -> u32 {
-    run::guest_enter();
-    0
+/// A tracepoint whose record is of no interest: by itself, which spares the kernel to make the record,
+/// and through perf, where the kernel does not give it out so.
+macro_rules! moment {
+    ($raw:ident, $plain:ident, $($does:path),+) => {
+        #[raw_tracepoint]
+        fn $raw(_ctx: RawTracePointContext) -> i32 {
+            $($does();)+
+            0
+        }
+
+        #[tracepoint]
+        fn $plain(_ctx: TracePointContext) -> u32 {
+            $($does();)+
+            0
+        }
+    };
 }
 
-/// `kvm:kvm_exit`
-#[tracepoint]
-fn guest_exit(_ctx: TracePointContext) -> u32 {
-    run::guest_exit();
-    0
-}
-
-/// `kvm:kvm_emulate_insn`
-#[tracepoint]
-fn guest_emulated(_ctx: TracePointContext) -> u32 {
-    run::guest_emulated();
-    0
-}
-
-/// `sched:sched_process_exit`, which fires for every thread.
-#[tracepoint]
-fn thread_exit(_ctx: TracePointContext) -> u32 {
-    run::thread_exit();
-    ioctl::thread_exit();
-    0
-}
+// `kvm:kvm_entry`
+moment!(guest_enter_raw, guest_enter, run::guest_enter);
+// `kvm:kvm_exit`
+moment!(guest_exit_raw, guest_exit, run::guest_exit);
+// `kvm:kvm_emulate_insn`
+moment!(guest_emulated_raw, guest_emulated, run::guest_emulated);
+// `sched:sched_process_exit`, which fires for every thread.
+moment!(
+    thread_exit_raw,
+    thread_exit,
+    run::thread_exit,
+    ioctl::thread_exit
+);
 
 /// The four programs of one kernel function: a pair by trampoline, a pair by kprobe.
 macro_rules! function {

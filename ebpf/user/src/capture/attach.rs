@@ -121,6 +121,9 @@ fn attach(
     let btf = || btf.as_ref().map_err(|error| chain(error));
     let attached = match (program, hook) {
         (Program::UProbe(program), Hook::Sites) => program.load(),
+        (Program::RawTracePoint(program), Hook::RawTracepoint(name)) => {
+            program.load().and_then(|()| program.attach(name).map(drop))
+        }
         (Program::TracePoint(program), Hook::Tracepoint(category, name)) => program
             .load()
             .and_then(|()| program.attach(category, name).map(drop)),
@@ -146,6 +149,7 @@ fn attach(
 fn unload(program: &mut Program) {
     let _ = match program {
         Program::TracePoint(program) => program.unload(),
+        Program::RawTracePoint(program) => program.unload(),
         Program::FEntry(program) => program.unload(),
         Program::FExit(program) => program.unload(),
         Program::KProbe(program) => program.unload(),

@@ -93,6 +93,8 @@ pub(super) enum Hook {
     Multi,
     /// Loaded only; sites are attached one by one.
     Sites,
+    /// A tracepoint by name, without the record that the kernel makes for perf.
+    RawTracepoint(&'static str),
     /// A tracepoint by category and name.
     Tracepoint(&'static str, &'static str),
     /// Entry or exit of the source's function, whichever the program is for.
@@ -200,27 +202,51 @@ impl Source {
                     ],
                 },
             ],
-            Self::Guest => &[Way {
-                name: "tracepoint",
-                programs: &[
-                    ("guest_exit", Hook::Tracepoint("kvm", "kvm_exit")),
-                    ("guest_enter", Hook::Tracepoint("kvm", "kvm_entry")),
-                ],
-            }],
-            Self::Emulated => &[Way {
-                name: "tracepoint",
-                programs: &[(
-                    "guest_emulated",
-                    Hook::Tracepoint("kvm", "kvm_emulate_insn"),
-                )],
-            }],
-            Self::Threads => &[Way {
-                name: "tracepoint",
-                programs: &[(
-                    "thread_exit",
-                    Hook::Tracepoint("sched", "sched_process_exit"),
-                )],
-            }],
+            Self::Guest => &[
+                Way {
+                    name: "tracepoint (raw)",
+                    programs: &[
+                        ("guest_exit_raw", Hook::RawTracepoint("kvm_exit")),
+                        ("guest_enter_raw", Hook::RawTracepoint("kvm_entry")),
+                    ],
+                },
+                Way {
+                    name: "tracepoint",
+                    programs: &[
+                        ("guest_exit", Hook::Tracepoint("kvm", "kvm_exit")),
+                        ("guest_enter", Hook::Tracepoint("kvm", "kvm_entry")),
+                    ],
+                },
+            ],
+            Self::Emulated => &[
+                Way {
+                    name: "tracepoint (raw)",
+                    programs: &[(
+                        "guest_emulated_raw",
+                        Hook::RawTracepoint("kvm_emulate_insn"),
+                    )],
+                },
+                Way {
+                    name: "tracepoint",
+                    programs: &[(
+                        "guest_emulated",
+                        Hook::Tracepoint("kvm", "kvm_emulate_insn"),
+                    )],
+                },
+            ],
+            Self::Threads => &[
+                Way {
+                    name: "tracepoint (raw)",
+                    programs: &[("thread_exit_raw", Hook::RawTracepoint("sched_process_exit"))],
+                },
+                Way {
+                    name: "tracepoint",
+                    programs: &[(
+                        "thread_exit",
+                        Hook::Tracepoint("sched", "sched_process_exit"),
+                    )],
+                },
+            ],
             Self::Function(function) => function_ways(function),
         }
     }
