@@ -2,6 +2,7 @@
 //! this machine and, cross-built, in the arm64 testbed.
 
 mod attach;
+mod backends;
 mod bench;
 mod capture;
 mod doctor;

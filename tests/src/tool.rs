@@ -35,6 +35,13 @@ impl Recorder {
         Self::spawn(pids.collect(), output)
     }
 
+    /// Records these processes as if they had no probes: by what KVM does for them alone.
+    pub fn start_without_probes(pids: &[u32], output: &Path) -> Result<Self> {
+        let mut whom: Vec<_> = pids.iter().map(|pid| format!("--pid={pid}")).collect();
+        whom.push("--probe=none:none".to_owned());
+        Self::spawn(whom, output)
+    }
+
     /// Records every process that has a VM, also those that come; returns once it would see them.
     pub fn start_for_all(output: &Path) -> Result<Self> {
         Self::spawn(vec!["--all".to_owned()], output)
