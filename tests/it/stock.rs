@@ -1,6 +1,8 @@
 //! What `ebpf/docs/investigating.md` says of gdb and perf, done with the real ones.
 
 use std::fs;
+use std::io::{Read, Write};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::Path;
 use std::process::{Command, Output, Stdio};
 use std::thread;
@@ -9,12 +11,14 @@ use std::time::{Duration, Instant};
 use anyhow::{Context, Result, ensure};
 use blackout_abi::probes::PROBES;
 use harness::pair::{Monitor, Pair, Transport};
-use harness::{VmmOptions, attached, programs, skip};
+use harness::{VmmOptions, programs, skip};
+use nix::fcntl::OFlag;
 use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
+use nix::sys::stat::Mode;
+use nix::unistd::{Pid, mkfifo};
 
 /// The testbed is emulated, and may share its machine.
-const LIMIT: Duration = Duration::from_secs(120);
+const LIMIT: Duration = Duration::from_secs(300);
 
 #[test]
 fn gdb_lists_every_probe() -> Result<()> {
@@ -84,10 +88,16 @@ fn perf_records_a_migration_by_its_probes() -> Result<()> {
     };
     let mut pair = Pair::spawn(Monitor::Blackout, Transport::Unix, &options(), LIMIT)?;
     let data = home.path().join("perf.data");
+    let [control, ack] = ["control", "ack"].map(|name| home.path().join(name));
+    for fifo in [&control, &ack] {
+        mkfifo(fifo, Mode::S_IRUSR | Mode::S_IWUSR)?;
+    }
     let mut recorder = Command::new("perf")
         .env("HOME", home.path())
         .args(["record", "-k", "CLOCK_MONOTONIC", "-e", "sdt_vmm:*", "-p"])
         .arg(format!("{},{}", pair.source.pid(), pair.destination.pid()))
+        .args(["--delay", "-1", "--control"])
+        .arg(format!("fifo:{},{}", control.display(), ack.display()))
         .arg("-o")
         .arg(&data)
         .stdin(Stdio::null())
@@ -95,7 +105,7 @@ fn perf_records_a_migration_by_its_probes() -> Result<()> {
         .stderr(Stdio::null())
         .spawn()
         .context("perf record")?;
-    attached::wait(recorder.id())?;
+    enable(&control, &ack)?;
     let answer = pair.source.qmp.migrate(&pair.uri, LIMIT)?;
     ensure!(answer["status"] == "completed", "{answer}");
     kill(Pid::from_raw(recorder.id().cast_signed()), Signal::SIGINT)?;
@@ -123,6 +133,25 @@ fn perf_records_a_migration_by_its_probes() -> Result<()> {
     let report = report(home.path(), &script.stdout)?;
     for words in ["migration_stop_vm finish-migrate", " main ", "downtime  "] {
         ensure!(report.contains(words), "no {words:?} in {report}");
+    }
+    Ok(())
+}
+
+/// Has perf enable its events, and waits until it says that it has: of many that takes a while.
+fn enable(control: &Path, ack: &Path) -> Result<()> {
+    // Opened for both, neither waits for perf.
+    let open = |path| {
+        let mut options = fs::File::options();
+        options.read(true).write(true);
+        options.custom_flags(OFlag::O_NONBLOCK.bits()).open(path)
+    };
+    let (mut control, mut ack) = (open(control)?, open(ack)?);
+    control.write_all(b"enable\n")?;
+    let deadline = Instant::now() + LIMIT;
+    // It says nothing else, and no more than this.
+    while ack.read(&mut [0; 16]).unwrap_or(0) == 0 {
+        ensure!(Instant::now() < deadline, "perf did not attach");
+        thread::sleep(Duration::from_millis(100));
     }
     Ok(())
 }

@@ -1,4 +1,4 @@
-//! When a stock tool has attached: none of them says it.
+//! When bpftrace has attached: it does not say so.
 
 use std::fs;
 use std::thread;
@@ -12,7 +12,7 @@ use crate::skip::emulated;
 const LIMIT: Duration = Duration::from_secs(120);
 
 /// Waits until the process `pid`, which has begun to attach, does not open anything more: each probe that
-/// bpftrace or perf attaches is a descriptor of its own.
+/// bpftrace attaches is a descriptor of its own.
 pub fn wait(pid: u32) -> Result<()> {
     let quiet = Duration::from_secs(if emulated() { 5 } else { 2 });
     let deadline = Instant::now() + LIMIT;
