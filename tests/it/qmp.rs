@@ -102,6 +102,37 @@ fn qemus_own_client_drives_it() -> Result<()> {
 }
 
 #[test]
+fn a_plain_socat_session_drives_it() -> Result<()> {
+    if Command::new("socat").arg("-V").output().is_err() {
+        skip!("socat is not installed here");
+    }
+    let mut source = Vmm::spawn(&VmmOptions::default())?;
+    let mut destination = Vmm::spawn(&VmmOptions::default().incoming("defer"))?;
+    let script = concat!(env!("CARGO_MANIFEST_DIR"), "/qmp/session.sh");
+    let output = Command::new("sh")
+        .arg(script)
+        .args([&source, &destination].map(|vmm| vmm.dir().join("qmp")))
+        .arg(format!("unix:{}", source.dir().join("migration").display()))
+        .output()?;
+    let said = String::from_utf8_lossy(&output.stdout).into_owned();
+    let wrong = String::from_utf8_lossy(&output.stderr).into_owned();
+    ensure!(output.status.success(), "{script}: {wrong}\n{said}");
+    let lines: Result<Vec<Value>, _> = said.lines().map(serde_json::from_str).collect();
+    let lines = lines.with_context(|| said.clone())?;
+    let refused = lines.iter().find(|line| line.get("error").is_some());
+    ensure!(refused.is_none(), "{said}");
+    let states = lines
+        .iter()
+        .filter_map(|line| line["return"]["status"].as_str());
+    let states: Vec<_> = states.collect();
+    ensure!(states == ["completed", "postmigrate", "running"], "{said}");
+    for vmm in [&mut source, &mut destination] {
+        ensure!(vmm.wait_exit(LIMIT)?.success(), "{}", vmm.stderr());
+    }
+    Ok(())
+}
+
+#[test]
 fn a_stopped_guest_stands_still_and_goes_on_after_cont() -> Result<()> {
     let options = VmmOptions {
         cpus: 2,

@@ -144,6 +144,10 @@ fn needs(purposes: &[Purpose]) -> Vec<Box<dyn Need>> {
             package: "linux-perf",
         }));
         needs.push(Box::new(Program {
+            name: "socat",
+            package: "socat",
+        }));
+        needs.push(Box::new(Program {
             name: "node",
             package: "nodejs",
         }));
