@@ -10,6 +10,7 @@ mod dist;
 mod fuzz;
 mod gate;
 mod initramfs;
+mod install;
 mod kernel;
 mod linux;
 mod paths;
@@ -52,6 +53,8 @@ enum Verb {
     Gate(gate::Arguments),
     /// Make what others install: static programs, manual pages, a Debian package.
     Dist(dist::Arguments),
+    /// Install the tool and the monitor as `cargo install` does.
+    Install(install::Arguments),
     /// Hold the sources against the project's own rules.
     Tidy(tidy::Arguments),
     /// Everything that a change has to pass.
@@ -72,6 +75,7 @@ fn main() -> ExitCode {
         Verb::Bench(arguments) => bench::run(&arguments),
         Verb::Gate(arguments) => gate::run(&arguments),
         Verb::Dist(arguments) => dist::run(&arguments),
+        Verb::Install(arguments) => install::run(&arguments).map(|()| 0),
         Verb::Tidy(arguments) => tidy::run(&arguments),
         Verb::Ci(arguments) => ci::run(&arguments),
     };
