@@ -14,13 +14,18 @@ const LOOK: Duration = Duration::from_millis(100);
 pub(super) fn watched<T>(board: &Board, rounds: impl FnOnce() -> T) -> T {
     thread::scope(|scope| {
         let (over, ended) = channel::<()>();
-        scope.spawn(move || {
+        let watch = move || {
             while ended.recv_timeout(LOOK) == Err(RecvTimeoutError::Timeout) {
                 if board.expire() {
                     return;
                 }
             }
-        });
+        };
+        let watcher = thread::Builder::new().name("timeout".to_owned());
+        if let Err(error) = watcher.spawn_scoped(scope, watch) {
+            // A host that is out of threads is no reason to lose the migration.
+            tracing::warn!("nobody watches migration-timeout: {error}");
+        }
         let rounds = rounds();
         drop(over);
         rounds

@@ -2,7 +2,8 @@
 //! of its time, as QEMU's `system/cpu-throttle.c` does.
 //!
 //! vCPUs run for a [`TIMESLICE`], all rest together, and run again. One that rests waits at the gate, where a
-//! pause finds it at once: a throttle makes no blackout longer.
+//! pause finds it at once: a throttle makes no downtime longer. What a vCPU has rested right before the stop
+//! is a part of its blackout, as the guest was dark then.
 
 use std::io;
 use std::sync::atomic::{AtomicU8, Ordering};
