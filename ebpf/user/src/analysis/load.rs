@@ -9,12 +9,12 @@ use std::sync::Arc;
 
 use blackout_abi::Edge;
 
-use super::loss::{Loss, Losses};
+use super::loss::{self, Loss, Losses};
 use super::scan::{self, Windows};
-use super::spans::{self, Event, Meaning, Point, Problem, Span};
+use super::spans::{self, Event, Meaning, Paired, Point, Problem, Span};
 use crate::recording::{
-    Cost, Ending, Error, Frame, Header, Hit, Ioctl, KernelFn, Reader, Relation, VcpuEdges, VcpuGap,
-    VcpuGuest,
+    Cost, Ending, Error, Frame, Header, Hit, Ioctl, KernelFn, ProbeDef, Reader, Relation, Stored,
+    Value, VcpuEdges, VcpuGap, VcpuGuest,
 };
 
 /// A whole recording, by process and thread. Times are its host's `CLOCK_MONOTONIC`, ns.
@@ -41,10 +41,27 @@ pub struct Loaded {
     pub joined: Option<(Header, Relation)>,
     /// The processes, by pid.
     pub processes: BTreeMap<u32, Process>,
+    /// Where the rest of it is, if not all of it is here.
+    pub(super) again: Option<Again>,
 }
 
-/// At most so many events are kept of a recording: a third of a GiB.
+/// A recording in a file.
+#[derive(Debug)]
+pub(super) struct Again {
+    pub(super) file: Arc<Stored>,
+    /// How many recordings precede it there.
+    pub(super) index: usize,
+}
+
+/// At most so many events are kept of a recording, of [`UNIT`] bytes each: a third of a GiB.
 const MOST: u64 = 2 << 20;
+
+/// The bytes of an event's strings that count as one more event.
+const UNIT: usize = 128;
+
+/// At most so many processes, and threads, and kinds of probes: above what any host has.
+const MOST_TASKS: usize = 1 << 16;
+const MOST_PROBES: usize = 1 << 12;
 
 /// What of a recording is understood only when all of it was read.
 struct Open {
@@ -54,6 +71,8 @@ struct Open {
     lost: Vec<Loss>,
     /// Events that are kept.
     kept: u64,
+    /// Processes and threads that are kept.
+    tasks: usize,
 }
 
 impl Open {
@@ -64,8 +83,41 @@ impl Open {
             hits: HashMap::new(),
             lost: Vec::new(),
             kept: 0,
+            tasks: 0,
         }
     }
+
+    /// Whether there is room for another process or thread, which is then taken.
+    fn has_task(&mut self) -> bool {
+        let has_task = self.tasks < MOST_TASKS;
+        self.tasks += usize::from(has_task);
+        has_task
+    }
+
+    /// Whether there is room for an event with so many bytes of strings, which is then taken.
+    fn has_room(&mut self, bytes: usize) -> bool {
+        let has_room = self.kept < MOST;
+        if has_room {
+            self.kept += 1 + (bytes / UNIT) as u64;
+        }
+        has_room
+    }
+}
+
+/// Adds what a probe means, if there is room.
+pub(super) fn define(meanings: &mut HashMap<u32, Arc<Meaning>>, def: &ProbeDef) {
+    if meanings.len() < MOST_PROBES || meanings.contains_key(&def.id) {
+        meanings.insert(def.id, Arc::new(Meaning::of(def)));
+    }
+}
+
+/// How many bytes the strings among a probe's arguments have.
+pub(super) fn bytes_of(args: &[Value]) -> usize {
+    let strings = args.iter().map(|arg| match arg {
+        Value::Str(value) => value.len(),
+        _ => 0,
+    });
+    strings.sum()
 }
 
 /// The hits of a thread that are kept.
@@ -78,7 +130,7 @@ struct Hits {
 
 impl Hits {
     /// Keeps a hit, unless it is outside of all windows and makes, or made, no span that reaches into
-    /// one. Says how many more or fewer are kept.
+    /// one. Says how much more or less is kept.
     fn take(&mut self, event: Event, is_inside: bool) -> i64 {
         let closes = |last: &Event| {
             last.meaning.row == event.meaning.row && last.meaning.provider == event.meaning.provider
@@ -91,15 +143,20 @@ impl Hits {
             (false, Edge::End) => {
                 if self.open > 0 && self.events.last().is_some_and(closes) {
                     self.open -= 1;
-                    self.events.pop();
-                    return -1;
+                    return self.events.pop().map_or(0, |begin| -weight(&begin));
                 }
                 self.open = 0;
             }
         }
+        let more = weight(&event);
         self.events.push(event);
-        1
+        more
     }
+}
+
+/// What a hit takes of a recording's room.
+fn weight(event: &Event) -> i64 {
+    1 + (bytes_of(&event.values) / UNIT) as i64
 }
 
 /// A process of a recording.
@@ -139,6 +196,16 @@ pub struct Thread {
 }
 
 impl Thread {
+    /// The same, with what its probes say.
+    pub(super) fn with(self, paired: Paired) -> Self {
+        Self {
+            spans: paired.spans,
+            points: paired.points,
+            problems: paired.problems,
+            ..self
+        }
+    }
+
     /// The spans that are open at `ts_ns`, the innermost first.
     pub fn spans_at(&self, ts_ns: u64) -> impl Iterator<Item = &Span> {
         self.spans_before(ts_ns)
@@ -168,17 +235,19 @@ impl Loaded {
     }
 
     /// Reads of the file at `path` what migrations need of it, which takes memory for them and not for
-    /// the recording. What can be read only once is read whole.
+    /// the recording. [`Loaded::parts`] has the rest.
     ///
     /// # Errors
     /// As for [`Loaded::read`].
     pub fn read_migrations(path: &Path) -> Result<Vec<Self>, Error> {
-        let windows = if path.is_file() {
-            scan::windows(Reader::open(path)?)?
-        } else {
-            Vec::new()
-        };
-        Self::within(path.display().to_string(), Reader::open(path)?, windows)
+        let file = Arc::new(Stored::open(path)?);
+        let windows = scan::windows(file.reader()?)?;
+        let mut loaded = Self::within(file.name().to_owned(), file.reader()?, windows)?;
+        for (index, one) in loaded.iter_mut().enumerate() {
+            let file = Arc::clone(&file);
+            one.again = Some(Again { file, index });
+        }
+        Ok(loaded)
     }
 
     /// Keeps of each recording what lies in its windows; of one that has none, all.
@@ -223,6 +292,7 @@ impl Loaded {
             first_ns: None,
             joined: None,
             processes: BTreeMap::new(),
+            again: None,
         }
     }
 
@@ -230,10 +300,10 @@ impl Loaded {
         self.ending = ending;
         self.lost = Losses::new(open.lost);
         for ((pid, tid), hits) in open.hits {
-            let paired = spans::pair(hits.events);
-            let thread = self.thread(pid, tid);
-            (thread.spans, thread.points) = (paired.spans, paired.points);
-            thread.problems = paired.problems;
+            let process = self.processes.get_mut(&pid);
+            if let Some(thread) = process.and_then(|process| process.threads.get_mut(&tid)) {
+                *thread = mem::take(thread).with(spans::pair(hits.events));
+            }
         }
         for thread in self
             .processes
@@ -250,106 +320,142 @@ impl Loaded {
         match frame {
             Frame::Header(header) => self.header = header,
             Frame::Process(process) => {
-                let known = self.processes.entry(process.pid).or_default();
-                (known.comm, known.exe) = (process.comm, process.exe);
-            }
-            Frame::Thread(thread) => self.thread(thread.pid, thread.tid).name = thread.name,
-            Frame::Probe(def) => {
-                open.meanings.insert(def.id, Arc::new(Meaning::of(&def)));
-            }
-            Frame::Hit(Hit {
-                ts_ns,
-                pid,
-                tid,
-                probe,
-                args,
-            }) => match open.meanings.get(&probe) {
-                Some(meaning) => {
-                    self.began(ts_ns);
-                    let event = Event {
-                        ts_ns,
-                        meaning: Arc::clone(meaning),
-                        values: args,
-                    };
-                    if open.kept >= MOST {
-                        self.left_out += 1;
-                        return;
-                    }
-                    let is_inside = open.windows.meet(ts_ns, ts_ns);
-                    let hits = open.hits.entry((pid, tid)).or_default();
-                    let more = hits.take(event, is_inside);
-                    open.kept = open.kept.saturating_add_signed(more);
+                if let Some(known) = self.process(open, process.pid) {
+                    (known.comm, known.exe) = (process.comm, process.exe);
                 }
-                None => self.undefined_hits += 1,
-            },
+            }
+            Frame::Thread(told) => {
+                if let Some(thread) = self.thread(open, told.pid, told.tid) {
+                    thread.name = told.name;
+                }
+            }
+            Frame::Probe(def) => define(&mut open.meanings, &def),
+            Frame::Hit(hit) => self.hit(hit, open),
             Frame::Ioctl(ioctl) => {
-                let thread = self.thread(ioctl.pid, ioctl.tid);
-                thread.has_kernel = true;
                 self.began(ioctl.enter_ns);
-                if self.keeps(open, ioctl.enter_ns, ioctl.exit_ns) {
-                    self.thread(ioctl.pid, ioctl.tid).ioctls.push(ioctl);
+                let keeps = open.windows.meet(ioctl.enter_ns, ioctl.exit_ns);
+                if let Some(thread) = self.kernel(open, ioctl.pid, ioctl.tid, keeps.then_some(0)) {
+                    thread.ioctls.push(ioctl);
                 }
             }
-            Frame::KernelFn(function) => {
-                let thread = self.thread(function.pid, function.tid);
-                thread.has_kernel = true;
-                self.began(function.enter_ns);
-                if self.keeps(open, function.enter_ns, function.exit_ns) {
-                    let thread = self.thread(function.pid, function.tid);
-                    thread.functions.push(function);
+            Frame::KernelFn(one) => {
+                self.began(one.enter_ns);
+                let keeps = open.windows.meet(one.enter_ns, one.exit_ns);
+                let bytes = one.function.len();
+                if let Some(thread) = self.kernel(open, one.pid, one.tid, keeps.then_some(bytes)) {
+                    thread.functions.push(one);
                 }
             }
-            Frame::VcpuEdges(edges) => self.thread(edges.pid, edges.tid).edges = Some(edges),
+            Frame::VcpuEdges(edges) => {
+                if let Some(thread) = self.thread(open, edges.pid, edges.tid) {
+                    thread.edges = Some(edges);
+                }
+            }
             Frame::VcpuGap(gap) => {
                 self.began(gap.exit_ns);
-                if self.keeps(open, gap.exit_ns, gap.enter_ns) {
-                    self.thread(gap.pid, gap.tid).gaps.push(gap);
+                let keeps = open.windows.meet(gap.exit_ns, gap.enter_ns);
+                if let Some(thread) = self.keep(open, gap.pid, gap.tid, keeps.then_some(0)) {
+                    thread.gaps.push(gap);
                 }
             }
             Frame::VcpuGuest(guest) => {
                 // One that stays out left long before, maybe.
                 let until_ns = guest.entered_ns.unwrap_or(u64::MAX);
-                if self.keeps(open, guest.left_ns.unwrap_or(until_ns), until_ns) {
-                    self.thread(guest.pid, guest.tid).guest.push(guest);
+                let keeps = open
+                    .windows
+                    .meet(guest.left_ns.unwrap_or(until_ns), until_ns);
+                if let Some(thread) = self.keep(open, guest.pid, guest.tid, keeps.then_some(0)) {
+                    thread.guest.push(guest);
                 }
             }
             Frame::Lost {
                 since_ns,
                 at_ns,
                 count,
-            } => open.lost.push(Loss {
-                since_ns,
-                until_ns: at_ns,
-                count,
-            }),
+            } => loss::add(
+                &mut open.lost,
+                Loss {
+                    since_ns,
+                    until_ns: at_ns,
+                    count,
+                },
+            ),
             Frame::Cost(cost) => self.cost = Some(cost),
             Frame::Clock(_) | Frame::End { .. } | Frame::Joined(_) => {}
         }
     }
 
-    /// Whether what lies between the two times is kept, which counts it.
-    fn keeps(&mut self, open: &mut Open, start_ns: u64, end_ns: u64) -> bool {
-        if !open.windows.meet(start_ns, end_ns) {
-            return false;
+    fn hit(&mut self, hit: Hit, open: &mut Open) {
+        let Some(meaning) = open.meanings.get(&hit.probe).map(Arc::clone) else {
+            self.undefined_hits += 1;
+            return;
+        };
+        let (task, ts_ns) = ((hit.pid, hit.tid), hit.ts_ns);
+        self.began(ts_ns);
+        if self.thread(open, hit.pid, hit.tid).is_none() {
+            return;
         }
         if open.kept >= MOST {
             self.left_out += 1;
-            return false;
+            return;
         }
-        open.kept += 1;
-        true
+        let event = Event {
+            ts_ns,
+            meaning,
+            values: hit.args,
+        };
+        let is_inside = open.windows.meet(ts_ns, ts_ns);
+        let more = open.hits.entry(task).or_default().take(event, is_inside);
+        open.kept = open.kept.saturating_add_signed(more);
+    }
+
+    /// The thread that the kernel did something for, which is kept if its bytes of strings are given.
+    fn kernel(
+        &mut self,
+        open: &mut Open,
+        pid: u32,
+        tid: u32,
+        bytes: Option<usize>,
+    ) -> Option<&mut Thread> {
+        self.thread(open, pid, tid)?.has_kernel = true;
+        self.keep(open, pid, tid, bytes)
+    }
+
+    /// The thread, if what happened on it is to be kept, and can be.
+    fn keep(
+        &mut self,
+        open: &mut Open,
+        pid: u32,
+        tid: u32,
+        bytes: Option<usize>,
+    ) -> Option<&mut Thread> {
+        if !open.has_room(bytes?) {
+            self.left_out += 1;
+            return None;
+        }
+        self.thread(open, pid, tid)
     }
 
     fn began(&mut self, at_ns: u64) {
         self.first_ns = Some(self.first_ns.map_or(at_ns, |before| before.min(at_ns)));
     }
 
-    fn thread(&mut self, pid: u32, tid: u32) -> &mut Thread {
-        self.processes
-            .entry(pid)
-            .or_default()
-            .threads
-            .entry(tid)
-            .or_default()
+    fn process(&mut self, open: &mut Open, pid: u32) -> Option<&mut Process> {
+        if !self.processes.contains_key(&pid) && !open.has_task() {
+            self.left_out += 1;
+            return None;
+        }
+        Some(self.processes.entry(pid).or_default())
+    }
+
+    /// The thread that a frame is about; `None`, which is counted, for one too many.
+    fn thread(&mut self, open: &mut Open, pid: u32, tid: u32) -> Option<&mut Thread> {
+        let known = self.processes.get(&pid);
+        if !known.is_some_and(|process| process.threads.contains_key(&tid)) && !open.has_task() {
+            self.left_out += 1;
+            return None;
+        }
+        let threads = &mut self.processes.entry(pid).or_default().threads;
+        Some(threads.entry(tid).or_default())
     }
 }

@@ -23,6 +23,27 @@ impl Loss {
     }
 }
 
+/// At most so many losses are told apart.
+const MOST: usize = 1 << 16;
+
+/// Adds a loss. Where there are too many, neighbours become one, which is what was lost between the
+/// begin of the first and the end of the last.
+pub(super) fn add(all: &mut Vec<Loss>, loss: Loss) {
+    all.push(loss);
+    if all.len() < MOST {
+        return;
+    }
+    all.sort_by_key(|loss| loss.since_ns);
+    let two = |two: &[Loss]| {
+        two.iter().copied().reduce(|one, next| Loss {
+            since_ns: one.since_ns,
+            until_ns: one.until_ns.max(next.until_ns),
+            count: one.count.saturating_add(next.count),
+        })
+    };
+    *all = all.chunks(2).filter_map(two).collect();
+}
+
 /// A loss on a migration's axis.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Placed {

@@ -2,10 +2,12 @@
 //!
 //! A thread's spans nest: an end closes the innermost open span of its name. What breaks the rule
 //! (a lost event, a killed process, a probe without its twin) is kept and said, never hidden.
+//! No thread has more than [`DEEPEST`] spans open, so that what is around one is found soon.
 
 #[cfg(test)]
 mod tests;
 
+use std::mem;
 use std::sync::Arc;
 
 use blackout_abi::probes::{self, Edge, Nature};
@@ -13,6 +15,10 @@ use blackout_abi::probes::{self, Edge, Nature};
 use super::took::Told;
 use crate::foreign::{self, Tells};
 use crate::recording::{ProbeDef, Value};
+
+/// At most so many spans are open on a thread, far more than any monitor's code nests. Where another
+/// one begins, as with a probe that never says its end, the innermost has lost its own.
+pub(super) const DEEPEST: usize = 64;
 
 /// What a probe means: its row and edge. Built once a [`ProbeDef`], shared by all its hits.
 #[derive(Clone, Debug)]
@@ -168,6 +174,9 @@ pub struct Span {
     pub begin: Args,
     /// The end probe's; `None` for a span whose end was not seen.
     pub end: Option<Args>,
+    /// Whether it goes on beyond what was read so far, and its end is not known yet. Never so in a
+    /// recording that was read to its end.
+    pub open: bool,
 }
 
 impl Span {
@@ -240,14 +249,65 @@ pub struct Paired {
 }
 
 /// Pairs the events of one thread, in any order.
-pub fn pair(mut events: Vec<Event>) -> Paired {
-    // A ring buffer keeps a thread's order; two of them, or a merge, may not. Ties keep theirs.
-    events.sort_by_key(|event| event.ts_ns);
-    let last_ns = events.last().map_or(0, |event| event.ts_ns);
-    let mut paired = Paired::default();
-    let mut open: Vec<usize> = Vec::new();
-    let mut stage = None;
-    for event in events {
+pub fn pair(events: Vec<Event>) -> Paired {
+    let mut pairing = Pairing::default();
+    pairing.push(events);
+    pairing.finish()
+}
+
+/// The pairing of one thread's events, a part of them at a time.
+#[derive(Debug, Default)]
+pub(super) struct Pairing {
+    paired: Paired,
+    /// The open spans, as places in `paired`, the outermost first.
+    open: Vec<usize>,
+    /// Where the last stage ended.
+    stage: Option<u64>,
+    last_ns: u64,
+}
+
+impl Pairing {
+    /// Takes events that come after those before, among themselves in any order.
+    pub(super) fn push(&mut self, mut events: Vec<Event>) {
+        // A ring buffer keeps a thread's order; two of them, or a merge, may not. Ties keep theirs.
+        events.sort_by_key(|event| event.ts_ns);
+        for event in events {
+            self.one(event);
+        }
+    }
+
+    /// What is known by now. Open spans are in it, so that what is inside them finds them, and stay:
+    /// they come again, with all around them, until they have ended.
+    pub(super) fn part(&mut self) -> Paired {
+        let mut stay = Vec::with_capacity(self.open.len());
+        for (depth, index) in self.open.iter_mut().enumerate() {
+            if let Some(span) = self.paired.spans.get_mut(*index) {
+                (span.open, span.end_ns) = (true, u64::MAX);
+                stay.push(Span {
+                    parent: depth.checked_sub(1),
+                    open: false,
+                    ..span.clone()
+                });
+            }
+            *index = depth;
+        }
+        let paired = Paired {
+            spans: stay,
+            ..Paired::default()
+        };
+        mem::replace(&mut self.paired, paired)
+    }
+
+    /// The rest, once all events are in.
+    pub(super) fn finish(mut self) -> Paired {
+        while let Some(index) = self.open.pop() {
+            self.paired.abandon(index, self.last_ns);
+        }
+        self.paired.problems.sort_by_key(Problem::ts_ns);
+        self.paired
+    }
+
+    fn one(&mut self, event: Event) {
         let Event {
             ts_ns,
             meaning,
@@ -257,6 +317,8 @@ pub fn pair(mut events: Vec<Event>) -> Paired {
             meaning: Arc::clone(&meaning),
             values,
         };
+        self.last_ns = self.last_ns.max(ts_ns);
+        let (paired, open) = (&mut self.paired, &mut self.open);
         match meaning.edge {
             Edge::Point => {
                 let told = Told {
@@ -264,26 +326,26 @@ pub fn pair(mut events: Vec<Event>) -> Paired {
                     args: args.clone(),
                     end_ns: ts_ns,
                 };
-                paired.ended(&mut open, told, &mut stage);
+                paired.ended(open, told, &mut self.stage);
                 paired.points.push(Point {
                     meaning,
                     ts_ns,
                     args,
                 });
             }
-            Edge::Begin => paired.begin(&mut open, meaning, ts_ns, args),
-            Edge::End => paired.end(&mut open, &meaning, ts_ns, args),
+            Edge::Begin => paired.begin(open, meaning, ts_ns, args),
+            Edge::End => paired.end(open, &meaning, ts_ns, args),
         }
     }
-    while let Some(index) = open.pop() {
-        paired.abandon(index, last_ns);
-    }
-    paired.problems.sort_by_key(Problem::ts_ns);
-    paired
 }
 
 impl Paired {
     fn begin(&mut self, open: &mut Vec<usize>, meaning: Arc<Meaning>, ts_ns: u64, args: Args) {
+        if open.len() >= DEEPEST
+            && let Some(index) = open.pop()
+        {
+            self.abandon(index, ts_ns);
+        }
         let parent = open.last().copied();
         if let Some(parent) = parent.and_then(|index| self.spans.get_mut(index)) {
             parent.leaf = false;
@@ -299,6 +361,7 @@ impl Paired {
             leaf: true,
             begin: args,
             end: None,
+            open: false,
         });
     }
 

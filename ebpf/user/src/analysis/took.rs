@@ -2,13 +2,16 @@
 
 use std::sync::Arc;
 
-use super::spans::{Args, Meaning, Paired, Span};
+use super::spans::{Args, DEEPEST, Meaning, Paired, Span};
 use crate::foreign::Tells;
 use crate::recording::Value;
 
 /// A duration in whole microseconds, read on another clock than the probe, is off by this much: what
 /// began within it belongs inside. 5 µs, in ns.
 const SLACK_NS: u64 = 5_000;
+
+/// So many spans are looked at, at most, for what was inside one that has just ended.
+const LOOKED_AT: usize = 1024;
 
 /// What such a span is before it is placed.
 pub(super) struct Told {
@@ -51,7 +54,18 @@ impl Paired {
         // The closed spans on this level that began with it or later, and where the one before ends.
         let mut at = self.spans.len();
         let mut floor_ns = parent.and_then(|index| Some(self.spans.get(index)?.start_ns));
+        let mut last_ns = None;
+        let (mut deepest, mut looked_at) = (depth, 0);
         for (index, span) in self.spans.iter().enumerate().skip(first).rev() {
+            looked_at += 1;
+            deepest = deepest.max(span.depth);
+            last_ns = last_ns.max(Some(span.end_ns));
+            if looked_at > LOOKED_AT || deepest > DEEPEST {
+                // So many, or so deep ones, are not put inside: it comes behind them.
+                at = self.spans.len();
+                floor_ns = floor_ns.max(last_ns);
+                break;
+            }
             if span.depth > depth {
                 continue;
             }
@@ -89,6 +103,7 @@ impl Paired {
             leaf: at == self.spans.len(),
             begin: args.clone(),
             end: Some(args.without_values()),
+            open: false,
         };
         self.spans.insert(at, span);
     }

@@ -9,9 +9,8 @@ use clap::Subcommand;
 
 use super::report::read_all;
 use super::{DEFAULT_RECORDING, Outcome};
-use crate::analysis::{self, Loaded};
+use crate::analysis;
 use crate::export::{chrome, csv, folded, perfetto, speedscope};
-use crate::recording::{self, Reader};
 use crate::report::schema::Report;
 
 /// Write a recording in a format of another program
@@ -64,10 +63,8 @@ pub(super) fn run(args: &Args) -> anyhow::Result<Outcome> {
     | Format::Folded(files)
     | Format::Flamegraph(files)
     | Format::Csv(files)) = &args.format;
-    let recordings = match &args.format {
-        Format::Chrome(_) | Format::Perfetto(_) => read_whole(&files.recordings)?,
-        _ => read_all(&files.recordings)?,
-    };
+    // Traces show all that was recorded: they read it once more.
+    let recordings = read_all(&files.recordings)?;
     let migrations = analysis::find(&recordings);
     into(&files.output, |out| match &args.format {
         Format::Chrome(_) => chrome::write(out, &recordings, &migrations),
@@ -77,16 +74,6 @@ pub(super) fn run(args: &Args) -> anyhow::Result<Outcome> {
         Format::Flamegraph(_) => folded::flamegraph(out, &migrations),
         Format::Csv(_) => csv::write(out, &Report::new(&migrations)),
     })
-}
-
-/// Traces show all that was recorded, not only the migrations.
-fn read_whole(paths: &[PathBuf]) -> Result<Vec<Loaded>, recording::Error> {
-    let mut recordings = Vec::new();
-    for path in paths {
-        let name = path.display().to_string();
-        recordings.extend(Loaded::read(name, Reader::open(path)?)?);
-    }
-    Ok(recordings)
 }
 
 fn into(

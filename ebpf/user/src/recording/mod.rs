@@ -2,6 +2,7 @@
 
 mod frame;
 mod reader;
+mod stored;
 #[cfg(test)]
 mod tests;
 mod wire;
@@ -12,6 +13,7 @@ pub use frame::{
     KernelFn, ProbeDef, Process, Relation, Thread, Value, ValueKind, VcpuEdges, VcpuGap, VcpuGuest,
 };
 pub use reader::{Ending, Reader};
+pub use stored::Stored;
 pub use writer::Writer;
 
 use std::io;

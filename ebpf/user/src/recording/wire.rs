@@ -209,6 +209,9 @@ impl Encoder {
     }
 }
 
+/// At most so many tasks are told of, 8 bytes each.
+const MOST_TASKS: usize = 1 << 22;
+
 /// The reader's half of the coding.
 #[derive(Debug, Default)]
 pub(super) struct Decoder {
@@ -216,6 +219,8 @@ pub(super) struct Decoder {
     tasks: Vec<(u32, u32)>,
     begun: bool,
     ended: bool,
+    /// Whether this is the second recording of the file.
+    joined: bool,
 }
 
 impl Decoder {
@@ -233,7 +238,13 @@ impl Decoder {
             (Wire::Header(_), false) => self.begun = true,
             (Wire::Header(_), true) => return Err("is a second header"),
             (_, false) => return Err("comes before the header"),
-            (Wire::Joined(_), true) => *self = Self::default(),
+            (Wire::Joined(_), true) if self.joined => return Err("joins a third recording"),
+            (Wire::Joined(_), true) => {
+                *self = Self {
+                    joined: true,
+                    ..Self::default()
+                };
+            }
             (_, true) if self.ended => return Err("comes after the end"),
             (Wire::End { .. }, true) => self.ended = true,
             (_, true) => {}
@@ -244,6 +255,9 @@ impl Decoder {
             Wire::Thread(thread) => Frame::Thread(thread.into_owned()),
             Wire::Probe(probe) => Frame::Probe(probe.into_owned()),
             Wire::Task { pid, tid } => {
+                if self.tasks.len() >= MOST_TASKS {
+                    return Err("tells of more threads than a recording may");
+                }
                 self.tasks.push((pid, tid));
                 return Ok(None);
             }

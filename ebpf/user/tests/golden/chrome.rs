@@ -1,12 +1,14 @@
 //! The Chrome trace, byte by byte and as Perfetto reads it.
 
+use std::fs;
+
 use blackout::analysis::{self, Loaded};
 use blackout::export::chrome;
 use blackout::recording::Reader;
 use serde_json::{Value, json};
 
-use crate::tape::Tape;
-use crate::{TESTBED, check, perfetto, scenarios};
+use crate::tape::{Arg, Tape};
+use crate::{TESTBED, check, perfetto, scenarios, silent};
 
 pub(crate) const ERRORS: &str =
     "select name, value from stats where severity = 'error' and value > 0";
@@ -27,6 +29,20 @@ fn trace_of(files: &[&[u8]]) -> Vec<u8> {
     let mut trace = Vec::new();
     chrome::write(&mut trace, &recordings, &analysis::find(&recordings)).unwrap();
     serde_json::from_slice::<Value>(&trace).expect("a trace is JSON");
+    trace
+}
+
+/// The trace of what is in a file, as the program reads it.
+fn trace_of_file(tape: &Tape) -> Vec<u8> {
+    let folder = tempfile::tempdir().unwrap();
+    let path = folder.path().join("recording");
+    fs::write(&path, tape.bytes()).unwrap();
+    let mut recordings = Loaded::read_migrations(&path).unwrap();
+    for recording in &mut recordings {
+        recording.name = "blackout.rec".to_owned();
+    }
+    let mut trace = Vec::new();
+    chrome::write(&mut trace, &recordings, &analysis::find(&recordings)).unwrap();
     trace
 }
 
@@ -55,6 +71,79 @@ fn the_trace_of_two_hosts() {
 #[test]
 fn the_trace_of_a_lossy_recording() {
     check("lossy.trace.json", &trace(&[scenarios::lossy()]));
+}
+
+#[test]
+fn a_file_makes_the_same_trace_as_a_recording_that_is_held() {
+    let tapes = [
+        scenarios::completed(),
+        scenarios::back_and_forth(),
+        scenarios::its_save_fails(),
+        scenarios::lossy(),
+        silent::migration(600),
+        Tape::new("testbed"),
+    ];
+    for tape in tapes {
+        let (file, held) = (trace_of_file(&tape), trace(&[tape]));
+        assert_eq!(String::from_utf8(file), String::from_utf8(held));
+    }
+}
+
+/// More than is held at once, in a span that is open all the time and a stay in KVM_RUN between.
+fn long() -> Tape {
+    let mut tape = Tape::new("testbed");
+    let tasks = tape.process(700, &["blackout-vmm", "migration", "vcpu 0"]);
+    let [main, thread, vcpu] = tasks[..] else {
+        panic!("not three")
+    };
+    let first_ns = tape.now_ns();
+    tape.fire(thread, "qmp_command_begin", &[Arg::S("migrate")]);
+    for round in 0..50_000 {
+        tape.pass_us(1)
+            .fire(thread, "ram_round_begin", &[Arg::U(round)])
+            .vm_ioctl(thread, 0x4010_ae42, 3)
+            .pass_us(1);
+        let said = [Arg::U(1), Arg::U(4096), Arg::I(0)];
+        tape.fire(thread, "ram_round_end", &said)
+            .fire(main, "vcpu_kicked", &[Arg::U(0)]);
+        if round % 1_000 == 999 {
+            let now_ns = tape.now_ns();
+            tape.gap(vcpu, 0, now_ns - 20_000, now_ns - 500);
+        }
+    }
+    tape.pass_us(1)
+        .fire(thread, "qmp_command_end", &[Arg::I(0)]);
+    tape.edges(vcpu, 0, first_ns, first_ns, tape.now_ns());
+    tape
+}
+
+#[test]
+fn a_long_file_makes_the_same_trace_in_another_order() {
+    let tape = long();
+    let (file, held) = (trace_of_file(&tape), trace(&[tape]));
+    let lines = |trace: &[u8]| {
+        let text = std::str::from_utf8(trace).unwrap();
+        let lines = text.lines().map(|line| line.trim_end_matches(','));
+        let mut lines: Vec<_> = lines.map(str::to_owned).collect();
+        lines.sort_unstable();
+        lines
+    };
+    assert_ne!(file, held, "it was held all at once");
+    let (file_lines, held_lines) = (lines(&file), lines(&held));
+    for (file, held) in file_lines.iter().zip(&held_lines) {
+        assert_eq!(file, held);
+    }
+    assert_eq!(file_lines.len(), held_lines.len());
+    let questions = [
+        ERRORS,
+        "select name, depth, count(*) as n, sum(dur) as dur from slice group by 1, 2 order by 1",
+        "select count(*) as n from flow",
+    ];
+    let (Some(file), Some(held)) = (rows(&file, &questions), rows(&held, &questions)) else {
+        return;
+    };
+    assert_eq!(file, held);
+    assert_eq!(file[0], [Value::Null; 0]);
 }
 
 #[test]

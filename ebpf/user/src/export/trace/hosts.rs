@@ -150,17 +150,9 @@ fn first_ns(recording: &Loaded) -> Option<u64> {
         .processes
         .values()
         .flat_map(|process| process.threads.values());
-    threads
-        .flat_map(|thread| {
-            [
-                thread.spans.first().map(|span| span.start_ns),
-                thread.points.first().map(|point| point.ts_ns),
-                thread.ioctls.first().map(|ioctl| ioctl.enter_ns),
-                thread.functions.first().map(|function| function.enter_ns),
-                thread.edges.map(|edges| runs_from(recording, edges)),
-                thread.gaps.first().map(|gap| gap.exit_ns),
-            ]
-        })
-        .flatten()
+    let edges = threads.filter_map(|thread| thread.edges);
+    edges
+        .map(|edges| runs_from(recording, edges))
+        .chain(recording.first_ns)
         .min()
 }

@@ -35,7 +35,8 @@ pub(super) trait Sink {
     /// reader has to know beside the events.
     fn begin(&mut self, origin_ns: i64, other: &Value) -> io::Result<()>;
 
-    /// Writes an event. A row's slices come in order, a parent before its children.
+    /// Writes an event. A row's slices come in order, a parent before its children, but for those
+    /// that took longer than a [`Part`](crate::analysis::Part): these come after what is inside them.
     fn put(&mut self, event: &Event<'_>) -> io::Result<()>;
 
     /// Ends the trace.
@@ -205,8 +206,8 @@ fn messages<S: Sink>(
             let party = migration
                 .parties()
                 .find(|party| (party.side == segment.from) == is_sender)?;
-            let open = |span: &&_| rows::is_open(span, tid, ns);
-            party.spans.iter().find(open)?;
+            let thread = party.process.threads.get(&tid)?;
+            thread.spans_at(party.place.back(ns)).next()?;
             Some((
                 hosts.track(party.recording, party.pid, tid),
                 hosts.on_axis(party, ns),

@@ -1,6 +1,7 @@
 //! A recording's processes and threads as rows of slices.
 
 use std::cmp::Reverse;
+use std::collections::HashMap;
 use std::io;
 
 use serde_json::Value;
@@ -9,15 +10,13 @@ use super::event::{Args, Event, Track};
 use super::hosts::{Hosts, runs_from};
 use super::{Events, GUEST_ROW, KERNEL_ROW, Sink};
 use crate::analysis::spans;
-use crate::analysis::{Loaded, Migration, Placed, Process, Span, Thread, describe, kvm};
-use crate::recording::{Ioctl, KernelFn, Value as Arg};
+use crate::analysis::{Loaded, Migration, Part, Party, Process, Span, Thread, describe, kvm};
+use crate::recording::{Ioctl, KernelFn, Value as Arg, VcpuEdges, VcpuGap};
 
-/// Whether `span` is open at `ns` on thread `tid`, so that an arrow can bind to it.
-pub(super) fn is_open(span: &Placed<'_, Span>, tid: u32, ns: i64) -> bool {
-    span.tid == tid && span.start_ns <= ns && ns < span.end_ns
-}
+/// Slices within more others than this are left out, as Perfetto does: a damaged recording has them.
+const DEEPEST: usize = 512;
 
-/// Writes the rows of recording `index`.
+/// Writes the rows of recording `index`, part by part: the first one has all their names.
 pub(super) fn write<S: Sink>(
     events: &mut Events<'_, S>,
     hosts: &Hosts<'_>,
@@ -25,10 +24,89 @@ pub(super) fn write<S: Sink>(
     recording: &Loaded,
     migrations: &[Migration<'_>],
 ) -> io::Result<()> {
-    for (pid, process) in &recording.processes {
-        let group = hosts.pid(recording, *pid);
+    let mut rows = Rows {
+        events,
+        hosts,
+        index,
+        recording,
+        is_last: false,
+        written: HashMap::new(),
+    };
+    let mut is_first = true;
+    recording.parts(|part| {
+        rows.is_last = part.is_last;
+        if is_first || part.is_last {
+            rows.all(part, is_first.then_some(migrations))?;
+        } else {
+            rows.some(part)?;
+        }
+        is_first = false;
+        Ok(())
+    })
+}
+
+/// A recording's rows, as they are written.
+struct Rows<'w, 's, 'h, S> {
+    events: &'w mut Events<'s, S>,
+    hosts: &'w Hosts<'h>,
+    index: usize,
+    recording: &'w Loaded,
+    /// Whether this is the last part.
+    is_last: bool,
+    /// Where the parts before ended, by thread.
+    written: HashMap<(u32, u32), Written>,
+}
+
+/// Where a thread's rows end by now.
+#[derive(Default)]
+struct Written {
+    /// The ends of the open slices of its kernel's row, and the begin of the last one, ns.
+    open: Vec<u64>,
+    entered_ns: u64,
+    /// Since when it is in KVM_RUN, ns.
+    runs_ns: Option<u64>,
+}
+
+impl<S: Sink> Rows<'_, '_, '_, S> {
+    /// A part of the processes that did something.
+    fn some(&mut self, part: &Part<'_>) -> io::Result<()> {
+        for (pid, process) in part.processes {
+            for (tid, thread) in &process.threads {
+                self.thread((*pid, *tid), thread)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The same of all processes, and their names if `migrations` says what is first among them.
+    fn all(&mut self, part: &Part<'_>, migrations: Option<&[Migration<'_>]>) -> io::Result<()> {
+        let nothing = Thread::default();
+        for (pid, process) in &self.recording.processes {
+            if let Some(migrations) = migrations {
+                self.name_process(*pid, process, migrations)?;
+            }
+            let did = part.processes.get(pid);
+            for (order, (tid, thread)) in (0..).zip(&process.threads) {
+                if migrations.is_some() {
+                    self.name_thread((*pid, *tid), thread, order)?;
+                }
+                let did = did.and_then(|process| process.threads.get(tid));
+                self.thread((*pid, *tid), did.unwrap_or(&nothing))?;
+            }
+        }
+        Ok(())
+    }
+
+    fn name_process(
+        &mut self,
+        pid: u32,
+        process: &Process,
+        migrations: &[Migration<'_>],
+    ) -> io::Result<()> {
+        let recording = self.recording;
+        let group = self.hosts.pid(recording, pid);
         let name = format!("{} on {}", process.comm, recording.header.hostname);
-        events.put(&Event::process(
+        self.events.put(&Event::process(
             "process_name",
             group,
             "name",
@@ -36,74 +114,175 @@ pub(super) fn write<S: Sink>(
         ))?;
         // The source stands above the destination, and what took part above what did not.
         let parties = migrations.iter().flat_map(Migration::parties);
-        let part = |party: &crate::analysis::Party<'_>| {
-            std::ptr::eq(party.recording, recording) && party.pid == *pid
-        };
+        let part = |party: &Party<'_>| std::ptr::eq(party.recording, recording) && party.pid == pid;
         let place = (0u64..).zip(parties).find(|(_, party)| part(party));
         let place = place.map_or(u64::from(u32::MAX), |(place, _)| place);
-        events.put(&Event::process(
+        self.events.put(&Event::process(
             "process_sort_index",
             group,
             "sort_index",
             place,
-        ))?;
-        threads(events, hosts, (index, recording), (*pid, process))?;
+        ))
     }
-    Ok(())
-}
 
-fn threads<S: Sink>(
-    events: &mut Events<'_, S>,
-    hosts: &Hosts<'_>,
-    (index, recording): (usize, &Loaded),
-    (pid, process): (u32, &Process),
-) -> io::Result<()> {
-    for (order, (tid, thread)) in (0u64..).zip(&process.threads) {
-        let track = hosts.track(recording, pid, *tid);
-        let at = |ts_ns| hosts.at(index, ts_ns);
+    fn name_thread(
+        &mut self,
+        (pid, tid): (u32, u32),
+        thread: &Thread,
+        order: u64,
+    ) -> io::Result<()> {
+        let track = self.hosts.track(self.recording, pid, tid);
         let name = match describe::printable(&thread.name) {
             name if name.is_empty() => format!("thread {tid}"),
             name => name,
         };
         let rows = [
             (track, name.clone(), true),
-            (kernel(track), format!("{name}: kernel"), has_kernel(thread)),
-            (guest(track), format!("{name}: KVM_RUN"), has_runs(thread)),
+            (kernel(track), format!("{name}: kernel"), thread.has_kernel),
+            (
+                guest(track),
+                format!("{name}: KVM_RUN"),
+                thread.edges.is_some(),
+            ),
         ];
         for (place, (track, name, _)) in (0u64..).zip(rows).filter(|(_, (.., used))| *used) {
-            events.put(&Event::thread("thread_name", track, "name", name))?;
-            events.put(&Event::thread(
+            self.events
+                .put(&Event::thread("thread_name", track, "name", name))?;
+            self.events.put(&Event::thread(
                 "thread_sort_index",
                 track,
                 "sort_index",
                 order * 3 + place,
             ))?;
         }
-        for span in &thread.spans {
-            let range = (at(span.start_ns), at(span.end_ns));
+        Ok(())
+    }
+
+    /// What a thread did next.
+    fn thread(&mut self, (pid, tid): (u32, u32), thread: &Thread) -> io::Result<()> {
+        let track = self.hosts.track(self.recording, pid, tid);
+        let lost = &self.recording.lost;
+        for span in thread.spans.iter().filter(|span| !span.open) {
+            let range = (self.at(span.start_ns), self.at(span.end_ns));
             let name = describe::span(span);
-            events.put(&Event::slice(
+            self.events.put(&Event::slice(
                 &name,
                 category(span.meaning.hop),
                 track,
                 range,
-                span_args(span, recording.lost.meet(span.start_ns, span.end_ns)),
+                span_args(span, lost.meet(span.start_ns, span.end_ns)),
             ))?;
         }
         for point in &thread.points {
             let (name, cat) = (point.name(), category(point.meaning.hop));
-            events.put(&Event::instant(
-                name,
-                cat,
-                track,
-                at(point.ts_ns),
-                named(&point.args),
-            ))?;
+            let at = self.at(point.ts_ns);
+            self.events
+                .put(&Event::instant(name, cat, track, at, named(&point.args)))?;
         }
-        kernel_row(events, (recording, thread), track, at)?;
-        guest_row(events, (recording, thread), guest(track), at)?;
+        let mut written = self.written.remove(&(pid, tid)).unwrap_or_default();
+        self.kernel_row(thread, track, &mut written)?;
+        let process = self.recording.processes.get(&pid);
+        let edges = process.and_then(|process| process.threads.get(&tid)?.edges);
+        if let Some(edges) = edges {
+            self.guest_row(edges, &thread.gaps, guest(track), &mut written)?;
+        }
+        if !self.is_last {
+            self.written.insert((pid, tid), written);
+        }
+        Ok(())
     }
-    Ok(())
+
+    /// Where a time lies in the trace, ns.
+    fn at(&self, ts_ns: u64) -> i64 {
+        self.hosts.at(self.index, ts_ns)
+    }
+
+    /// Ioctls and kernel functions, with arrows from the spans that made them.
+    fn kernel_row(
+        &mut self,
+        thread: &Thread,
+        track: Track,
+        written: &mut Written,
+    ) -> io::Result<()> {
+        let ioctls = thread
+            .ioctls
+            .iter()
+            .map(|ioctl| (ioctl.enter_ns, ioctl.exit_ns, Kernel::Ioctl(ioctl)));
+        let functions = thread
+            .functions
+            .iter()
+            .map(|one| (one.enter_ns, one.exit_ns, Kernel::Function(one)));
+        let mut all: Vec<_> = ioctls.chain(functions).collect();
+        all.sort_by_key(|(enter, exit, _)| (*enter, Reverse(*exit)));
+        for (enter, exit, what) in all {
+            let Some(exit) = written.nest(enter, exit) else {
+                continue;
+            };
+            let (name, mut args) = what.describe();
+            mark(&mut args, self.recording.lost.meet(enter, exit));
+            let (at, until) = (self.at(enter), self.at(exit));
+            self.events.put(&Event::slice(
+                &name,
+                "kernel",
+                kernel(track),
+                (at, until),
+                args,
+            ))?;
+            let caller = thread.spans_at(enter).next();
+            if let (Kernel::Ioctl(_), Some(_), true) = (what, caller, exit > enter) {
+                self.events
+                    .arrow(&name, "ioctl", (track, at), (kernel(track), at))?;
+            }
+        }
+        Ok(())
+    }
+
+    /// A vCPU's stays in KVM_RUN: between the gaps, from its first entry to its last exit.
+    fn guest_row(
+        &mut self,
+        edges: VcpuEdges,
+        gaps: &[VcpuGap],
+        track: Track,
+        written: &mut Written,
+    ) -> io::Result<()> {
+        let mut enter = written
+            .runs_ns
+            .unwrap_or_else(|| runs_from(self.recording, edges));
+        // A vCPU that still ran when the recording ended is shown up to its last known entry.
+        let end = edges.last_exit_ns.max(edges.last_enter_ns);
+        let end = self.is_last.then_some((end, u64::MAX));
+        let gaps = gaps.iter().map(|gap| (gap.exit_ns, gap.enter_ns));
+        for (exit, next) in gaps.chain(end) {
+            if exit > enter {
+                let range = (self.at(enter), self.at(exit));
+                self.events
+                    .put(&Event::slice("KVM_RUN", "guest", track, range, Args::new()))?;
+            }
+            enter = enter.max(next);
+        }
+        written.runs_ns = Some(enter);
+        Ok(())
+    }
+}
+
+impl Written {
+    /// Where a slice of the kernel's row ends. A function lies inside its ioctl; what does not,
+    /// because a clock or an event went wrong, is cut at the end of what it is in, so that slices
+    /// nest. `None` for one that is too deep.
+    fn nest(&mut self, enter: u64, exit: u64) -> Option<u64> {
+        // It took longer than a part: what is inside it was written before.
+        if enter < self.entered_ns {
+            return Some(exit);
+        }
+        self.entered_ns = enter;
+        while self.open.pop_if(|end| *end <= enter).is_some() {}
+        let exit = self.open.last().map_or(exit, |end| exit.min(*end));
+        if self.open.len() >= DEEPEST {
+            return None;
+        }
+        self.open.push(exit);
+        Some(exit)
+    }
 }
 
 fn kernel(track: Track) -> Track {
@@ -118,59 +297,6 @@ fn guest(track: Track) -> Track {
         tid: track.tid + GUEST_ROW,
         ..track
     }
-}
-
-fn has_kernel(thread: &Thread) -> bool {
-    !thread.ioctls.is_empty() || !thread.functions.is_empty()
-}
-
-fn has_runs(thread: &Thread) -> bool {
-    thread.edges.is_some() || !thread.gaps.is_empty()
-}
-
-/// Ioctls and kernel functions. A function lies inside its ioctl; what does not, because a clock
-/// or an event went wrong, is cut at the end of what it is in, so that slices nest.
-fn kernel_row<S: Sink>(
-    events: &mut Events<'_, S>,
-    (recording, thread): (&Loaded, &Thread),
-    track: Track,
-    at: impl Fn(u64) -> i64,
-) -> io::Result<()> {
-    let ioctls = thread
-        .ioctls
-        .iter()
-        .map(|ioctl| (ioctl.enter_ns, ioctl.exit_ns, Kernel::Ioctl(ioctl)));
-    let functions = thread
-        .functions
-        .iter()
-        .map(|one| (one.enter_ns, one.exit_ns, Kernel::Function(one)));
-    let mut all: Vec<_> = ioctls.chain(functions).collect();
-    all.sort_by_key(|(enter, exit, _)| (*enter, Reverse(*exit)));
-    let mut open: Vec<u64> = Vec::new();
-    for (enter, exit, what) in all {
-        while open.pop_if(|end| *end <= enter).is_some() {}
-        let exit = open.last().map_or(exit, |end| exit.min(*end));
-        open.push(exit);
-        let (name, mut args) = what.describe();
-        mark(&mut args, recording.lost.meet(enter, exit));
-        events.put(&Event::slice(
-            &name,
-            "kernel",
-            kernel(track),
-            (at(enter), at(exit)),
-            args,
-        ))?;
-        let caller = thread.spans_at(enter).next();
-        if let (Kernel::Ioctl(_), Some(_), true) = (what, caller, exit > enter) {
-            events.arrow(
-                &name,
-                "ioctl",
-                (track, at(enter)),
-                (kernel(track), at(enter)),
-            )?;
-        }
-    }
-    Ok(())
 }
 
 /// A slice of a kernel row.
@@ -213,35 +339,6 @@ impl Kernel<'_> {
         };
         (describe::printable(&name), args)
     }
-}
-
-/// A vCPU's stays in KVM_RUN: between the gaps, from its first entry to its last exit.
-fn guest_row<S: Sink>(
-    events: &mut Events<'_, S>,
-    (recording, thread): (&Loaded, &Thread),
-    track: Track,
-    at: impl Fn(u64) -> i64,
-) -> io::Result<()> {
-    let Some(edges) = thread.edges else {
-        return Ok(());
-    };
-    let mut enter = runs_from(recording, edges);
-    // A vCPU that still ran when the recording ended is shown up to its last known entry.
-    let end = edges.last_exit_ns.max(edges.last_enter_ns);
-    let gaps = thread.gaps.iter().map(|gap| (gap.exit_ns, gap.enter_ns));
-    for (exit, next) in gaps.chain([(end, u64::MAX)]) {
-        if exit > enter {
-            events.put(&Event::slice(
-                "KVM_RUN",
-                "guest",
-                track,
-                (at(enter), at(exit)),
-                Args::new(),
-            ))?;
-        }
-        enter = enter.max(next);
-    }
-    Ok(())
 }
 
 fn category(hop: u8) -> &'static str {
