@@ -21,6 +21,7 @@ mod migrate_oneway;
 mod migrate_shared;
 mod migrate_tls;
 mod peers;
+mod peers_its;
 #[path = "../perfetto/query.rs"]
 mod perfetto;
 mod probes;

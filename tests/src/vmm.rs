@@ -209,15 +209,27 @@ const CONSOLE: &str = if cfg!(target_arch = "aarch64") {
     "ttyS0"
 };
 
+/// QEMU's machine with the controller that this monitor's machine has, and RAM in the backend `ram`.
+const QEMU_MACHINE: &str = if cfg!(target_arch = "aarch64") {
+    "virt,gic-version=3,its=on,memory-backend=ram"
+} else {
+    "pc,memory-backend=ram"
+};
+
+/// Its CPU. KVM on a development machine does not know `arch-capabilities`, and QEMU asks for it.
+const QEMU_CPU: &str = if cfg!(target_arch = "aarch64") {
+    "host"
+} else {
+    "host,-arch-capabilities"
+};
+
 /// What QEMU needs to run the bare-metal guest with KVM and to be looked into from outside.
 fn qemu(options: &VmmOptions, dir: &TempDir) -> Result<Command> {
     let file = |name| dir.path().join(name).display().to_string();
     let memory = &options.memory;
     let mut command = Command::new(programs::qemu());
     command
-        .args(["-accel", "kvm", "-M", "pc,memory-backend=ram"])
-        // KVM on a development machine does not know this one, and QEMU asks for it.
-        .args(["-cpu", "host,-arch-capabilities"])
+        .args(["-accel", "kvm", "-M", QEMU_MACHINE, "-cpu", QEMU_CPU])
         .args(["-nodefaults", "-display", "none", "-m", memory])
         .args(["-smp", &options.cpus.to_string()])
         .arg("-object")

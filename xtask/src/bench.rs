@@ -25,7 +25,7 @@ pub(crate) struct Arguments {
 enum What {
     /// What the monitor costs by itself: time to the guest's first instruction, and memory.
     Boot(boot::Arguments),
-    /// How long a guest is dark while it migrates, beside QEMU, on this machine.
+    /// How long a guest is dark while it migrates, beside QEMU.
     Downtime(downtime::Arguments),
     /// How fast a large idle guest migrates, beside QEMU, on this machine.
     Throughput(throughput::Arguments),

@@ -8,7 +8,7 @@ use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::{Context, Result, ensure};
 use clap::Parser;
 use harness::observer::Watched;
 use harness::pair::{Monitor, Pair, Transport};
@@ -37,6 +37,9 @@ struct Arguments {
     /// Bytes that the guest keeps dirty, as 1M or 16M.
     #[arg(long, required = true, value_delimiter = ',')]
     dirty: Vec<String>,
+    /// Devices and events of each that the guest maps in its ITS, as 256x16.
+    #[arg(long, value_parser = its_words, default_value = "0x1")]
+    its: String,
     /// Guest RAM.
     #[arg(long, default_value = "128M")]
     memory: String,
@@ -72,6 +75,13 @@ fn run(arguments: &Arguments) -> Result<()> {
     Ok(())
 }
 
+/// What the guest is told of devices and events.
+fn its_words(text: &str) -> Result<String> {
+    let numbers = text.split_once('x').context("DEVICESxEVENTS is wanted")?;
+    let (devices, events): (u32, u32) = (numbers.0.parse()?, numbers.1.parse()?);
+    Ok(format!("its_devices={devices} its_events={events}"))
+}
+
 /// Migrates a fresh guest once and prints what was seen. Whether that was seen sharply.
 fn migrate(
     arguments: &Arguments,
@@ -81,7 +91,7 @@ fn migrate(
 ) -> Result<bool> {
     let options = VmmOptions {
         memory: arguments.memory.clone(),
-        cmdline: format!("dirty={dirty}"),
+        cmdline: format!("dirty={dirty} {}", arguments.its),
         ..VmmOptions::default()
     };
     let Pair {

@@ -3,19 +3,27 @@
 //! `bench-downtime` migrates the same bare-metal guest with either monitor in turn, and an observer
 //! looks at the guest's counter in the memory of both sides: neither monitor's word is taken. No tool
 //! is attached. Other work on the machine lengthens both; the ratio is what to look at.
+//!
+//! With `--testbed` both run in the arm64 testbed, where the guest has interrupts mapped in an ITS.
 
 use std::collections::BTreeMap;
 use std::path::PathBuf;
 use std::process::Command;
+use std::time::Duration;
 
-use anyhow::Result;
+use anyhow::{Result, ensure};
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::compare::{self, Ratio, median, ratio};
 use crate::artifacts::{self, Platform};
+use crate::kernel::{Arch, Kernel, Package, Series};
 use crate::setup::{self, Purpose};
+use crate::testbed::{Mode, STARTED_AGAIN, Testbed};
+
+/// A migration there takes half a minute, with its monitors' start.
+const TESTBED_LIMIT: Duration = Duration::from_secs(7200);
 
 /// Arguments of `cargo xtask bench downtime`.
 #[derive(clap::Args)]
@@ -27,11 +35,35 @@ pub(crate) struct Arguments {
     #[arg(long, default_value_t = 15)]
     runs: usize,
     /// Over what; `cpr` hands guest RAM over without copying it, which Debian's QEMU can't.
-    #[arg(long, value_delimiter = ',', default_value = "tcp,unix,cpr")]
+    #[arg(
+        long,
+        value_delimiter = ',',
+        default_value = "tcp,unix,cpr",
+        default_value_if("testbed", "true", "tcp")
+    )]
     transports: Vec<String>,
     /// Bytes that the guest keeps dirty.
-    #[arg(long, value_delimiter = ',', default_value = "1M,16M")]
+    #[arg(
+        long,
+        value_delimiter = ',',
+        default_value = "1M,16M",
+        default_value_if("testbed", "true", "1M")
+    )]
     dirty: Vec<String>,
+    /// In the arm64 testbed, with Debian's QEMU for arm64.
+    #[arg(long)]
+    testbed: bool,
+    /// Let the testbed's clock count instructions, which nothing else on this machine disturbs.
+    #[arg(long, requires = "testbed")]
+    icount: bool,
+    /// Devices and events of each that the guest maps in its ITS.
+    #[arg(
+        long,
+        value_name = "DEVICESxEVENTS",
+        default_value = "256x16",
+        requires = "testbed"
+    )]
+    its: String,
     /// Where `downtime.json` goes.
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
@@ -61,8 +93,10 @@ struct Migration {
 
 /// Runs the benchmark, prints the table, writes the file.
 pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
-    setup::ensure(&[Purpose::Build, Purpose::Test])?;
-    let migrations = measure(arguments)?;
+    let migrations = match arguments.testbed {
+        true => in_testbed(arguments)?,
+        false => here(arguments)?,
+    };
     let kinds = kinds(&migrations);
     print(&kinds);
 
@@ -71,39 +105,85 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
         "downtime.json",
         &json!({
             "schema": "blackout.bench-downtime/1",
+            "testbed": arguments.testbed,
+            "icount": arguments.icount,
+            "its": arguments.testbed.then_some(&arguments.its),
+            "kinds": kinds.iter().map(summary).collect::<Vec<_>>(),
             "migrations": migrations,
         }),
     )?;
     Ok(0)
 }
 
-fn measure(arguments: &Arguments) -> Result<Vec<Migration>> {
+fn here(arguments: &Arguments) -> Result<Vec<Migration>> {
+    setup::ensure(&[Purpose::Build, Purpose::Test])?;
     let artifacts = artifacts::build(Platform::Host)?;
+    let mut command = Command::new(&artifacts.bench_downtime);
+    command
+        .args(options(arguments))
+        .envs(artifacts.environment(None));
+    let mut migrations = Vec::new();
+    compare::each_line(&mut command, |migration| note(&mut migrations, migration))?;
+    Ok(migrations)
+}
+
+fn in_testbed(arguments: &Arguments) -> Result<Vec<Migration>> {
+    setup::ensure(&[Purpose::Testbed, Purpose::StockTools])?;
+    let artifacts = artifacts::build(Platform::Testbed)?;
+    let kernel = Kernel::find(Package::testbed(Series::V6_12, Arch::Aarch64))?;
+    let mode = match arguments.icount {
+        true => Mode::Counting,
+        false => Mode::Function,
+    };
+    let testbed = Testbed::new(kernel, "bench-downtime")
+        .mode(mode)
+        .usr(&setup::stock_tools::folder()?)
+        .programs(&artifacts)
+        .file(&artifacts.bench_downtime, "/bin/bench-downtime");
+    let mut program = vec!["bench-downtime".to_owned()];
+    program.extend(options(arguments));
+    program.extend(["--its".to_owned(), arguments.its.clone()]);
+    let program: Vec<_> = program.iter().map(String::as_str).collect();
+    let mut migrations = Vec::new();
+    let finished = testbed.run(&program, TESTBED_LIMIT, |line| {
+        if line == STARTED_AGAIN {
+            // What was measured before the hang is measured again.
+            migrations.clear();
+        }
+        match serde_json::from_str(line) {
+            Ok(migration) => note(&mut migrations, migration),
+            Err(_) => eprintln!("{line}"),
+        }
+    })?;
+    ensure!(finished.status == 0, "bench-downtime failed in the testbed");
+    Ok(migrations)
+}
+
+fn options(arguments: &Arguments) -> Vec<String> {
     let monitors = match arguments.peer {
         Peer::Qemu => "blackout,qemu",
         Peer::None => "blackout",
     };
-    let mut command = Command::new(&artifacts.bench_downtime);
-    command
-        .args(["--monitors", monitors])
-        .args(["--transports", &arguments.transports.join(",")])
-        .args(["--dirty", &arguments.dirty.join(",")])
-        .args(["--runs", &arguments.runs.to_string()])
-        .envs(artifacts.environment(None));
-    let mut migrations = Vec::new();
-    compare::each_line(&mut command, |migration: Migration| {
-        eprintln!(
-            "{:>4}: {} {} {}: dark for {:.3} ms{}",
-            migrations.len() + 1,
-            migration.monitor,
-            migration.transport,
-            migration.dirty,
-            ms(migration.dark_ns),
-            if migration.judged { "" } else { ", not judged" },
-        );
-        migrations.push(migration);
-    })?;
-    Ok(migrations)
+    let options = [
+        ["--monitors", monitors],
+        ["--transports", &arguments.transports.join(",")],
+        ["--dirty", &arguments.dirty.join(",")],
+        ["--runs", &arguments.runs.to_string()],
+    ];
+    options.into_iter().flatten().map(str::to_owned).collect()
+}
+
+fn note(migrations: &mut Vec<Migration>, migration: Migration) {
+    eprintln!(
+        "{:>4}: {} {} {}: dark for {:.3} ms{}",
+        migrations.len() + 1,
+        migration.monitor,
+        migration.transport,
+        migration.dirty,
+        ms(migration.dark_ns),
+        if migration.judged { "" } else { ", not judged" },
+    );
+    migrations.push(migration);
 }
 
 /// Dark times of one kind of migration, ns, sorted; and how many could not be judged.
@@ -154,12 +234,40 @@ fn print(kinds: &Kinds) {
                 darks.unjudged,
             );
         }
-        if let (Some(ours), Some(peers)) = (monitors.get("blackout"), monitors.get("qemu"))
-            && let Some(Ratio { value, low, high }) = ratio(&ours.judged, &peers.judged)
-        {
+        if let Some(Ratio { value, low, high }) = ratio_of(monitors) {
             println!("{:16} ratio     {value:>14.3}  95 % {low:.3}–{high:.3}", "");
         }
     }
+}
+
+/// This monitor's dark times as a part of the peer's.
+fn ratio_of(monitors: &BTreeMap<String, Darks>) -> Option<Ratio> {
+    let (ours, peers) = (monitors.get("blackout")?, monitors.get("qemu")?);
+    ratio(&ours.judged, &peers.judged)
+}
+
+/// One kind, for programs.
+fn summary((kind, monitors): (&(String, String), &BTreeMap<String, Darks>)) -> Value {
+    let figures = |darks: &Darks| {
+        json!({
+            "judged": darks.judged.len(),
+            "not_judged": darks.unjudged,
+            "median_ns": (!darks.judged.is_empty()).then(|| median(&darks.judged)),
+            "min_ns": darks.judged.first(),
+            "max_ns": darks.judged.last(),
+        })
+    };
+    let monitors_figures: BTreeMap<_, _> = monitors
+        .iter()
+        .map(|(monitor, darks)| (monitor, figures(darks)))
+        .collect();
+    json!({
+        "transport": kind.0,
+        "dirty": kind.1,
+        "monitors": monitors_figures,
+        "ratio": ratio_of(monitors)
+            .map(|Ratio { value, low, high }| json!({ "value": value, "low": low, "high": high })),
+    })
 }
 
 fn ms(ns: u64) -> f64 {

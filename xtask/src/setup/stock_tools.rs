@@ -1,4 +1,4 @@
-//! Debian's bpftrace, perf and gdb for the arm64 testbed, with the libraries that they need.
+//! Debian's bpftrace, perf, gdb and QEMU for the arm64 testbed, with the libraries that they need.
 
 use std::fs;
 use std::path::PathBuf;
@@ -10,8 +10,8 @@ use crate::kernel::Arch;
 use crate::paths;
 
 /// The programs, and the packages that have them.
-const PROGRAMS: [&str; 3] = ["bpftrace", "perf", "gdb"];
-const PACKAGES: [&str; 3] = ["bpftrace", "linux-perf", "gdb"];
+const PROGRAMS: [&str; 4] = ["bpftrace", "perf", "gdb", "qemu-system-aarch64"];
+const PACKAGES: [&str; 4] = ["bpftrace", "linux-perf", "gdb", "qemu-system-arm"];
 
 /// What nobody reads in a testbed.
 const UNREAD: [&str; 3] = ["doc", "locale", "man"];

@@ -6,7 +6,9 @@
 
 use core::arch::global_asm;
 
-use blackout_abi::guest::MAX_VCPUS;
+use blackout_abi::guest::{AARCH64_BOOT_PAGE, MAX_VCPUS};
+
+use super::tree;
 
 /// Bytes of a vCPU's stack.
 const STACK: usize = 32 << 10;
@@ -181,7 +183,7 @@ unexpected:
     mrs     x2, far_el1
     b       {exception}
     "#,
-    boot = sym crate::boot,
+    boot = sym boot,
     run = sym crate::run_vcpu,
     interrupt = sym super::gic::interrupt,
     exception = sym super::exception,
@@ -191,3 +193,15 @@ unexpected:
     mair = const MAIR,
     tcr = const TCR,
 );
+
+/// vCPU 0 comes here with what its monitor had in `x0`: the boot page's address, or nothing.
+extern "C" fn boot(boot_page: u64) -> ! {
+    // SAFETY: below this program there is nothing yet but what the monitor left there.
+    unsafe {
+        if boot_page == 0 {
+            tree::make_boot_page();
+            crate::boot(AARCH64_BOOT_PAGE)
+        }
+        crate::boot(boot_page)
+    }
+}

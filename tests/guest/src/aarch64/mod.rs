@@ -1,10 +1,11 @@
-//! The arm64 part: GICv3 with its ITS, PSCI, exceptions.
+//! The arm64 part: GICv3 with its ITS, PSCI, exceptions, and the way in from QEMU.
 
 mod entry;
 mod gic;
 mod its;
 mod queue;
 mod registers;
+mod tree;
 
 use blackout_abi::guest::{BootPage, command, state};
 
