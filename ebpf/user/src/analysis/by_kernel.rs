@@ -9,11 +9,12 @@
 use super::clock::{self, Basis, Clock};
 use super::downtime;
 use super::kvm;
-use super::load::{Loaded, Process};
+use super::load::Loaded;
 use super::loss;
 use super::migration::{Migration, View};
-use super::party::{Party, Place, Side};
+use super::party::{Party, Place, Side, Window};
 use super::spans::Point;
+use super::thread::Process;
 use super::{its, migration};
 use crate::foreign;
 use crate::recording::{Ioctl, VcpuEdges};
@@ -25,7 +26,6 @@ pub(super) const HANDOVER_NS: i64 = 60_000_000_000;
 const CLOCKS_APART_NS: u64 = 1_000_000_000;
 
 /// A VM's vCPUs when they came or went.
-#[derive(Clone, Copy)]
 struct Vm<'a> {
     recording: &'a Loaded,
     pid: u32,
@@ -33,11 +33,13 @@ struct Vm<'a> {
     /// When the last one went, or the first one came; its host's clock, ns.
     at_ns: u64,
     vcpus: usize,
+    /// When its vCPUs' registers were read, or written, in order; ns.
+    moved_ns: Vec<u64>,
 }
 
 /// The migrations of processes that have no probes to tell of one, in the order of their ends.
 pub(super) fn find(recordings: &[Loaded]) -> Vec<Migration<'_>> {
-    let vms = |at: fn(&[VcpuEdges]) -> Option<u64>| {
+    let vms = |at: fn(&[VcpuEdges]) -> Option<u64>, moves: fn(&Ioctl) -> bool| {
         let all = recordings.iter().flat_map(|recording| {
             let processes = recording.processes.iter();
             processes.map(move |(pid, process)| (recording, *pid, process))
@@ -45,23 +47,29 @@ pub(super) fn find(recordings: &[Loaded]) -> Vec<Migration<'_>> {
         let silent = all.filter(|(.., process)| !tells(process));
         let mut vms: Vec<_> = silent
             .filter_map(|(recording, pid, process)| {
-                let threads = process.threads.values();
-                let edges: Vec<_> = threads.filter_map(|thread| thread.edges).collect();
+                let threads = || process.threads.values();
+                let edges: Vec<_> = threads().filter_map(|thread| thread.edges).collect();
+                let at_ns = at(&edges)?;
+                let ioctls = threads().flat_map(|thread| &thread.ioctls);
+                let moved = ioctls.filter(|ioctl| moves(ioctl));
+                let mut moved_ns: Vec<_> = moved.map(|ioctl| ioctl.exit_ns).collect();
+                moved_ns.sort_unstable();
                 Some(Vm {
                     recording,
                     pid,
                     process,
-                    at_ns: at(&edges)?,
+                    at_ns,
                     vcpus: edges.len(),
+                    moved_ns,
                 })
             })
             .collect();
         vms.sort_by_key(|vm| vm.at_ns);
         vms
     };
-    let mut gone = vms(departure);
+    let mut gone = vms(departure, kvm::reads_registers);
     let mut found = Vec::new();
-    for came in vms(arrival) {
+    for came in vms(arrival, kvm::writes_registers) {
         let fits = |gone: &Vm<'_>| continues(gone, &came);
         // The one that stopped last.
         if let Some(index) = gone.iter().rposition(fits) {
@@ -95,6 +103,9 @@ fn arrival(vcpus: &[VcpuEdges]) -> Option<u64> {
 }
 
 fn continues(gone: &Vm<'_>, came: &Vm<'_>) -> bool {
+    if gone.vcpus != came.vcpus {
+        return false;
+    }
     let Some(clock) = clock::told(gone.recording, came.recording) else {
         return false;
     };
@@ -104,16 +115,16 @@ fn continues(gone: &Vm<'_>, came: &Vm<'_>) -> bool {
     let (here, there) = places(0, clock);
     let from_ns = here.at(gone.at_ns).saturating_sub(slack_ns);
     let to_ns = there.at(came.at_ns).saturating_add(slack_ns);
-    let within = |vm: &Vm<'_>, place: Place, moves: fn(&Ioctl) -> bool| {
-        let mut ioctls = vm.process.threads.values().flat_map(|one| &one.ioctls);
-        ioctls.any(|ioctl| moves(ioctl) && (from_ns..to_ns).contains(&place.at(ioctl.exit_ns)))
+    let within = |vm: &Vm<'_>, place: Place| {
+        let first = vm.moved_ns.partition_point(|ns| place.at(*ns) < from_ns);
+        let first = vm.moved_ns.get(first);
+        first.is_some_and(|ns| place.at(*ns) < to_ns)
     };
-    gone.vcpus == came.vcpus
-        && !(one_host && gone.pid == came.pid)
+    !(one_host && gone.pid == came.pid)
         && from_ns < to_ns
         && to_ns.saturating_sub(from_ns) <= HANDOVER_NS
-        && within(gone, here, kvm::reads_registers)
-        && within(came, there, kvm::writes_registers)
+        && within(gone, here)
+        && within(came, there)
 }
 
 /// The places of source and destination on an axis that begins at `origin_ns`.
@@ -150,12 +161,17 @@ fn join<'a>(gone: Vm<'a>, came: Vm<'a>) -> Migration<'a> {
     let entered = came.process.threads.values();
     let entered = entered.filter_map(|thread| Some(thread.edges?.first_enter_ns));
     let end_ns = there.at(entered.max().unwrap_or(came.at_ns));
-    let party = |vm: Vm<'a>, side, place| {
+    let party = |vm: &Vm<'a>, side, place| {
         let process = (vm.pid, vm.process);
-        Party::new(side, vm.recording, process, place, (0, end_ns))
+        let window = Window {
+            from_ns: 0,
+            to_ns: end_ns,
+            next_ns: i64::MAX,
+        };
+        Party::new(side, vm.recording, process, place, window)
     };
-    let source = party(gone, Side::Source, here);
-    let destination = party(came, Side::Destination, there);
+    let source = party(&gone, Side::Source, here);
+    let destination = party(&came, Side::Destination, there);
     let downtime = downtime::measure_by_kernel(&source, &destination);
     let parties = [&source, &destination];
     let its = parties.into_iter().flat_map(its::operations).collect();

@@ -19,6 +19,7 @@ use blackout_abi::Nature;
 use super::describe;
 use super::party::{Party, Placed, Side, Vcpu};
 use super::spans::{Point, Span};
+use super::thread::Thread;
 use super::wire::Segment;
 use crate::foreign;
 
@@ -30,6 +31,10 @@ pub const WHOLES: [&str; 4] = [
     "migrate_incoming",
     "migration_thread",
 ];
+
+/// So many threads are looked at, for all gaps together, to tell what a gap is within. Only a damaged
+/// recording has more, and then the last gaps lack it.
+const MOST_LOOKS: usize = 1 << 18;
 
 /// How long the guest stood still, and why. Times are ns on the migration's axis.
 #[derive(Clone, Debug, Default, PartialEq)]
@@ -371,8 +376,16 @@ fn explain(
     let mut covers: Vec<_> = spans.chain(ioctls).chain(segments).filter(inside).collect();
     covers.sort_by_key(|cover| (cover.start_ns, cover.end_ns));
 
-    let gap = |start_ns, end_ns, after: &str, before: String| {
-        let within = within(source, destination, (start_ns, end_ns));
+    let threads: Vec<_> = parties
+        .iter()
+        .flatten()
+        .map(|party| at_work(party))
+        .collect();
+    let mut looks = MOST_LOOKS;
+    let mut gap = |start_ns, end_ns, after: &str, before: String| {
+        looks = looks.saturating_sub(threads.iter().map(Vec::len).sum());
+        let range = Some((start_ns, end_ns)).filter(|_| looks > 0);
+        let within = range.and_then(|range| within(&parties, &threads, range));
         Gap {
             start_ns,
             end_ns,
@@ -419,17 +432,25 @@ fn explain(
     (explained, gaps)
 }
 
+/// The threads of a side that have spans in the migration.
+fn at_work<'a>(party: &Party<'a>) -> Vec<&'a Thread> {
+    let mut tids: Vec<_> = party.spans.iter().map(|span| span.tid).collect();
+    tids.dedup();
+    let threads = tids.iter().filter_map(|tid| party.process.threads.get(tid));
+    threads.collect()
+}
+
 /// The innermost span of either side that was at work for at least half of the gap. Not for all of
 /// it: a gap that lies in a span begins where something before that span ended.
 fn within(
-    source: &Party<'_>,
-    destination: Option<&Party<'_>>,
+    parties: &[Option<&Party<'_>>],
+    threads: &[Vec<&Thread>],
     (start_ns, end_ns): (i64, i64),
 ) -> Option<String> {
     // What is open for half of it is open in its middle.
     let half_ns = length(start_ns, end_ns).div_ceil(2);
     let middle_ns = start_ns.midpoint(end_ns);
-    let around = |party: &Party<'_>| {
+    let around = |(party, threads): (&&Party<'_>, &Vec<&Thread>)| {
         let (side, place) = (party.side, party.place);
         let fits = |span: &&Span| {
             let (start, end) = (place.at(span.start_ns), place.at(span.end_ns));
@@ -437,8 +458,9 @@ fn within(
             works && length(start.max(start_ns), end.min(end_ns)) >= half_ns
         };
         let at = place.back(middle_ns);
-        let threads = party.process.threads.values();
-        let innermost = threads.filter_map(|thread| thread.spans_at(at).find(fits));
+        let innermost = threads
+            .iter()
+            .filter_map(|thread| thread.spans_at(at).find(fits));
         let innermost = innermost.min_by_key(|span| span.end_ns.saturating_sub(span.start_ns))?;
         let duration_ns = innermost.end_ns.saturating_sub(innermost.start_ns);
         Some((
@@ -446,9 +468,8 @@ fn within(
             format!("{} ({side})", describe::span(innermost)),
         ))
     };
-    let sides = [Some(source), destination];
-    let named = sides.into_iter().flatten().filter_map(around).min();
-    named.map(|(_, name)| name)
+    let sides = parties.iter().flatten().zip(threads);
+    sides.filter_map(around).min().map(|(_, name)| name)
 }
 
 fn span_cover(side: Side, span: &Placed<'_, Span>) -> Cover {

@@ -1,5 +1,7 @@
 //! What the interrupt controller's tables cost, as the monitor saw it and as the kernel did.
 
+use std::collections::HashMap;
+
 use super::kvm;
 use super::party::{Party, Placed, Side};
 use super::spans::Span;
@@ -78,62 +80,87 @@ const KINDS: &[Kind] = &[
 
 /// The table operations of one side, in order.
 pub fn operations(party: &Party<'_>) -> Vec<ItsOp> {
-    let mut operations: Vec<_> = KINDS
+    let mapped = mapped(party);
+    let mut operations: Vec<_> = party
+        .spans
         .iter()
-        .flat_map(|kind| {
-            party
-                .spans_of(kind.op)
-                .map(|span| operation(party, kind, span))
-        })
+        .filter_map(|span| Some(operation(party, kind(span)?, span, &mapped)))
         .collect();
     operations.sort_by_key(|operation| operation.start_ns);
     operations
 }
 
-/// Whether `ioctl` is what `span` asked the kernel for.
-pub fn is_kernel_view(span: &Placed<'_, Span>, ioctl: &Placed<'_, Ioctl>) -> bool {
-    KINDS
-        .iter()
-        .any(|kind| kind.op == span.what.name() && matches(kind, span, ioctl))
+/// What `span` asked the kernel for, if it is a table operation.
+pub fn kernel_view<'a>(
+    party: &Party<'a>,
+    span: &Placed<'a, Span>,
+) -> impl Iterator<Item = &'a Ioctl> {
+    let kind = kind(span);
+    let thread = party
+        .process
+        .threads
+        .get(&span.tid)
+        .filter(|_| kind.is_some());
+    let (start_ns, end_ns) = (span.what.start_ns, span.what.end_ns);
+    let ioctls = thread
+        .into_iter()
+        .flat_map(move |thread| thread.ioctls_within(start_ns, end_ns));
+    ioctls.filter(move |ioctl| {
+        kind.is_some_and(|kind| kvm::sets_attr(ioctl, kind.fd, kind.group).is_some_and(kind.attr))
+    })
 }
 
-fn matches(kind: &Kind, span: &Placed<'_, Span>, ioctl: &Placed<'_, Ioctl>) -> bool {
-    span.holds(ioctl) && kvm::sets_attr(ioctl.what, kind.fd, kind.group).is_some_and(kind.attr)
+fn kind(span: &Placed<'_, Span>) -> Option<&'static Kind> {
+    KINDS.iter().find(|kind| kind.op == span.what.name())
 }
 
-fn operation(party: &Party<'_>, kind: &Kind, span: &Placed<'_, Span>) -> ItsOp {
-    let ioctls = party
-        .ioctls
-        .iter()
-        .filter(|ioctl| matches(kind, span, ioctl));
-    let functions = party.functions.iter().filter(|function| {
-        span.holds(function) && Some(function.what.function.as_str()) == kind.function
-    });
-    let (devices, events) = mapped(party, span);
+fn operation<'a>(
+    party: &Party<'a>,
+    kind: &Kind,
+    span: &Placed<'a, Span>,
+    mapped: &HashMap<u64, Mapped>,
+) -> ItsOp {
+    let ioctls = kernel_view(party, span);
+    let thread = party.process.threads.get(&span.tid);
+    let (start_ns, end_ns) = (span.what.start_ns, span.what.end_ns);
+    let functions = thread
+        .into_iter()
+        .flat_map(|thread| thread.functions_within(start_ns, end_ns))
+        .filter(|function| Some(function.function.as_str()) == kind.function);
+    let its = span.what.begin.u64("its");
+    let (devices, events) = its
+        .and_then(|its| mapped.get(&its))
+        .copied()
+        .unwrap_or_default();
     ItsOp {
         side: party.side,
         op: kind.op,
         start_ns: span.start_ns,
         duration_ns: span.duration_ns(),
-        ioctl_ns: sum(ioctls.map(Placed::duration_ns)),
-        function_ns: sum(functions.map(Placed::duration_ns)),
+        ioctl_ns: sum(ioctls.map(|ioctl| ioctl.exit_ns.saturating_sub(ioctl.enter_ns))),
+        function_ns: sum(functions.map(|one| one.exit_ns.saturating_sub(one.enter_ns))),
         devices,
         events,
         rc: span.what.rc(),
     }
 }
 
-/// What the ITS of `span` maps, where a `its_mapped` probe of this side said so. Monitors count
-/// outside of the downtime, so the probe is not inside the span: it names the ITS.
-fn mapped(party: &Party<'_>, span: &Placed<'_, Span>) -> (Option<u64>, Option<u64>) {
-    let Some(its) = span.what.begin.u64("its") else {
-        return (None, None);
-    };
-    let said = party
-        .points_of("its_mapped")
-        .find(|point| point.what.args.u64("its") == Some(its));
-    let count = |name| said.and_then(|point| point.what.args.u64(name));
-    (count("devices"), count("events"))
+/// Devices and events that an ITS maps.
+type Mapped = (Option<u64>, Option<u64>);
+
+/// What each ITS maps of which an `its_mapped` probe of this side said so. Monitors count outside of
+/// the downtime, so the probe is not inside the span: it names the ITS.
+fn mapped(party: &Party<'_>) -> HashMap<u64, Mapped> {
+    let mut mapped = HashMap::new();
+    for point in party.points_of("its_mapped") {
+        if let Some(its) = point.what.args.u64("its") {
+            let count = |name| point.what.args.u64(name);
+            mapped
+                .entry(its)
+                .or_insert((count("devices"), count("events")));
+        }
+    }
+    mapped
 }
 
 /// `None` for nothing at all.

@@ -2,7 +2,6 @@
 
 use std::collections::{BTreeMap, HashMap};
 use std::io::Read;
-use std::iter::successors;
 use std::mem;
 use std::path::Path;
 use std::sync::Arc;
@@ -10,11 +9,12 @@ use std::sync::Arc;
 use blackout_abi::Edge;
 
 use super::loss::{self, Loss, Losses};
+use super::migration::WHOLES;
 use super::scan::{self, Windows};
-use super::spans::{self, Event, Meaning, Paired, Point, Problem, Span};
+use super::spans::{self, Event, Meaning};
+use super::thread::{Process, Thread};
 use crate::recording::{
-    Cost, Ending, Error, Frame, Header, Hit, Ioctl, KernelFn, ProbeDef, Reader, Relation, Stored,
-    Value, VcpuEdges, VcpuGap, VcpuGuest,
+    Cost, Ending, Error, Frame, Header, Hit, ProbeDef, Reader, Relation, Stored, Value,
 };
 
 /// A whole recording, by process and thread. Times are its host's `CLOCK_MONOTONIC`, ns.
@@ -63,6 +63,11 @@ const UNIT: usize = 128;
 const MOST_TASKS: usize = 1 << 16;
 const MOST_PROBES: usize = 1 << 12;
 
+/// At most so many migrations are kept, and fewer where there are many threads: each migration is
+/// looked for on each thread.
+const MOST_MIGRATIONS: usize = 1 << 14;
+const MOST_LOOKS: usize = 1 << 24;
+
 /// What of a recording is understood only when all of it was read.
 struct Open {
     windows: Windows,
@@ -73,6 +78,8 @@ struct Open {
     kept: u64,
     /// Processes and threads that are kept.
     tasks: usize,
+    /// Migrations that are kept.
+    migrations: usize,
 }
 
 impl Open {
@@ -84,14 +91,26 @@ impl Open {
             lost: Vec::new(),
             kept: 0,
             tasks: 0,
+            migrations: 0,
         }
     }
 
     /// Whether there is room for another process or thread, which is then taken.
     fn has_task(&mut self) -> bool {
-        let has_task = self.tasks < MOST_TASKS;
+        let has_task = self.tasks < MOST_TASKS && self.tasks * self.migrations < MOST_LOOKS;
         self.tasks += usize::from(has_task);
         has_task
+    }
+
+    /// Whether there is room for a hit of a probe, as far as it says that a migration begins.
+    fn has_migration(&mut self, meaning: &Meaning) -> bool {
+        if !WHOLES.contains(&meaning.row.as_str()) {
+            return true;
+        }
+        let has_migration =
+            self.migrations < MOST_MIGRATIONS && self.tasks * self.migrations < MOST_LOOKS;
+        self.migrations += usize::from(has_migration && meaning.edge == Edge::Begin);
+        has_migration
     }
 
     /// Whether there is room for an event with so many bytes of strings, which is then taken.
@@ -157,71 +176,6 @@ impl Hits {
 /// What a hit takes of a recording's room.
 fn weight(event: &Event) -> i64 {
     1 + (bytes_of(&event.values) / UNIT) as i64
-}
-
-/// A process of a recording.
-#[derive(Debug, Default)]
-pub struct Process {
-    /// Its name; empty when the recording does not say.
-    pub comm: String,
-    /// Its executable.
-    pub exe: String,
-    /// The threads that did something, by tid.
-    pub threads: BTreeMap<u32, Thread>,
-}
-
-/// What a thread did, each list in order of time.
-#[derive(Debug, Default)]
-pub struct Thread {
-    /// Its name; empty when the recording does not say.
-    pub name: String,
-    /// Its spans: a parent before its children.
-    pub spans: Vec<Span>,
-    /// Its moments.
-    pub points: Vec<Point>,
-    /// Where its probes do not pair.
-    pub problems: Vec<Problem>,
-    /// Whether the kernel was seen to do something for it.
-    pub has_kernel: bool,
-    /// Its KVM ioctls.
-    pub ioctls: Vec<Ioctl>,
-    /// Kernel functions it was seen in.
-    pub functions: Vec<KernelFn>,
-    /// The bounds of its KVM_RUN calls, if it is a vCPU.
-    pub edges: Option<VcpuEdges>,
-    /// Where it stayed out of KVM_RUN.
-    pub gaps: Vec<VcpuGap>,
-    /// When it left guest code and entered it again, where the kernel tells.
-    pub guest: Vec<VcpuGuest>,
-}
-
-impl Thread {
-    /// The same, with what its probes say.
-    pub(super) fn with(self, paired: Paired) -> Self {
-        Self {
-            spans: paired.spans,
-            points: paired.points,
-            problems: paired.problems,
-            ..self
-        }
-    }
-
-    /// The spans that are open at `ts_ns`, the innermost first.
-    pub fn spans_at(&self, ts_ns: u64) -> impl Iterator<Item = &Span> {
-        self.spans_before(ts_ns)
-            .filter(move |span| ts_ns < span.end_ns)
-    }
-
-    /// The last span that began by `ts_ns`, and those around it, the innermost first. All that are
-    /// open at `ts_ns` are among them, since spans nest.
-    pub fn spans_before(&self, ts_ns: u64) -> impl Iterator<Item = &Span> {
-        let spans = &self.spans;
-        let last = spans
-            .partition_point(|span| span.start_ns <= ts_ns)
-            .checked_sub(1);
-        let around = move |span: &&'_ Span| spans.get(span.parent?);
-        successors(last.and_then(|index| spans.get(index)), around)
-    }
 }
 
 impl Loaded {
@@ -313,6 +267,9 @@ impl Loaded {
             thread.ioctls.sort_by_key(|ioctl| ioctl.enter_ns);
             thread.functions.sort_by_key(|function| function.enter_ns);
             thread.gaps.sort_by_key(|gap| gap.exit_ns);
+            thread.left.sort_unstable();
+            thread.entered.sort_unstable();
+            thread.seen = thread.first_and_last();
         }
     }
 
@@ -365,21 +322,23 @@ impl Loaded {
                     .windows
                     .meet(guest.left_ns.unwrap_or(until_ns), until_ns);
                 if let Some(thread) = self.keep(open, guest.pid, guest.tid, keeps.then_some(0)) {
-                    thread.guest.push(guest);
+                    thread.left.extend(guest.left_ns);
+                    thread.entered.extend(guest.entered_ns);
                 }
             }
             Frame::Lost {
                 since_ns,
                 at_ns,
                 count,
-            } => loss::add(
-                &mut open.lost,
-                Loss {
+            } => {
+                let until_ns = at_ns;
+                let loss = Loss {
                     since_ns,
-                    until_ns: at_ns,
+                    until_ns,
                     count,
-                },
-            ),
+                };
+                loss::add(&mut open.lost, loss, loss::MOST);
+            }
             Frame::Cost(cost) => self.cost = Some(cost),
             Frame::Clock(_) | Frame::End { .. } | Frame::Joined(_) => {}
         }
@@ -395,7 +354,7 @@ impl Loaded {
         if self.thread(open, hit.pid, hit.tid).is_none() {
             return;
         }
-        if open.kept >= MOST {
+        if open.kept >= MOST || !open.has_migration(&meaning) {
             self.left_out += 1;
             return;
         }

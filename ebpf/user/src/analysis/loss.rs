@@ -23,14 +23,15 @@ impl Loss {
     }
 }
 
-/// At most so many losses are told apart.
-const MOST: usize = 1 << 16;
+/// At most so many losses are told apart in a recording, and in a migration.
+pub(super) const MOST: usize = 1 << 16;
+const MOST_OF_ONE: usize = 1 << 10;
 
-/// Adds a loss. Where there are too many, neighbours become one, which is what was lost between the
+/// Adds a loss. Where there are `most`, neighbours become one, which is what was lost between the
 /// begin of the first and the end of the last.
-pub(super) fn add(all: &mut Vec<Loss>, loss: Loss) {
+pub(super) fn add(all: &mut Vec<Loss>, loss: Loss, most: usize) {
     all.push(loss);
-    if all.len() < MOST {
+    if all.len() < most {
         return;
     }
     all.sort_by_key(|loss| loss.since_ns);
@@ -67,17 +68,18 @@ pub(super) fn of<'a>(parties: impl Iterator<Item = &'a Party<'a>>, end_ns: i64) 
         }
         seen.push(party.recording);
         let window = (party.place.back(0), party.place.back(end_ns));
-        let losses = party.recording.lost.iter();
-        lost.extend(
-            losses
-                .filter(|loss| loss.meets(window.0, window.1))
-                .map(|loss| Placed {
-                    side: party.side,
-                    start_ns: party.place.at(loss.since_ns).max(0),
-                    end_ns: party.place.at(loss.until_ns),
-                    count: loss.count,
-                }),
-        );
+        let mut losses = Vec::new();
+        for loss in party.recording.lost.iter() {
+            if loss.meets(window.0, window.1) {
+                add(&mut losses, *loss, MOST_OF_ONE);
+            }
+        }
+        lost.extend(losses.into_iter().map(|loss| Placed {
+            side: party.side,
+            start_ns: party.place.at(loss.since_ns).max(0),
+            end_ns: party.place.at(loss.until_ns),
+            count: loss.count,
+        }));
     }
     lost
 }

@@ -5,7 +5,7 @@
 //! between processes, failed ones, ones that the recording cuts.
 
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet, VecDeque};
 use std::iter::successors;
 
 use super::by_kernel;
@@ -13,11 +13,12 @@ use super::clock::{self, Clock};
 use super::describe;
 use super::downtime::{self, Downtime};
 use super::its::{self, ItsOp};
-use super::load::{Loaded, Process};
+use super::load::Loaded;
 use super::loss;
 use super::order;
-use super::party::{Party, Place, Placed, Side};
+use super::party::{Party, Place, Placed, Side, Window};
 use super::spans::{Point, Problem, Span};
+use super::thread::Process;
 use super::wire::{self, Segment};
 use crate::recording::Ending;
 
@@ -130,28 +131,31 @@ struct End<'a> {
     process: &'a Process,
     span: &'a Span,
     id: Option<u64>,
+    /// When its span ended, or the next such one of its process began: one process does not migrate
+    /// twice at a time, so an end was not seen. Its clock, ns.
+    end_ns: u64,
+    /// When the one before began, and the last moment before the next one, ns.
+    before_ns: Option<u64>,
+    until_ns: u64,
 }
+
+/// So many candidates are looked at for the other end of a migration.
+const CANDIDATES: usize = 64;
 
 /// The migrations in `recordings`, in the order of their starts; those that no probe tells of come
 /// after the others.
 pub fn find(recordings: &[Loaded]) -> Vec<Migration<'_>> {
     let [source, destination] = WHOLES;
     let outgoing = ends(recordings, source, |span| span.begin.u64("id"));
-    let incoming = ends(recordings, destination, |span| span.end.as_ref()?.u64("id"));
-    let mut taken = vec![false; incoming.len()];
+    let mut incoming = Incoming::new(ends(recordings, destination, |span| {
+        span.end.as_ref()?.u64("id")
+    }));
     let mut pairs: Vec<(Option<End<'_>>, Option<End<'_>>)> = Vec::new();
-    for source in &outgoing {
-        let twin = twin(source, &incoming, &taken);
-        if let Some(taken) = twin.and_then(|index| taken.get_mut(index)) {
-            *taken = true;
-        }
-        pairs.push((
-            Some(*source),
-            twin.and_then(|index| incoming.get(index).copied()),
-        ));
+    for source in outgoing {
+        let twin = incoming.twin(&source);
+        pairs.push((Some(source), twin));
     }
-    let alone = incoming.iter().zip(&taken).filter(|(_, taken)| !**taken);
-    pairs.extend(alone.map(|(end, _)| (None, Some(*end))));
+    pairs.extend(incoming.rest().map(|end| (None, Some(end))));
     pairs.sort_by_key(|(source, destination)| source.or(*destination).map(|end| end.span.start_ns));
     let told = pairs.into_iter();
     let told = told.map(|(source, destination)| join(source, destination));
@@ -167,55 +171,127 @@ fn ends<'a>(
     for recording in recordings {
         for (pid, process) in &recording.processes {
             let spans = process.threads.values().flat_map(|thread| &thread.spans);
-            ends.extend(spans.filter(|span| span.name() == name).map(|span| End {
-                recording,
-                pid: *pid,
-                process,
-                span,
-                // No migration has the id 0: it stands for one that was not agreed on.
-                id: id(span).filter(|id| *id != 0),
-            }));
+            let mut spans: Vec<_> = spans.filter(|span| span.name() == name).collect();
+            spans.sort_by_key(|span| span.start_ns);
+            // Of several that began at once, all but the last took no time.
+            let mut before_ns = None;
+            for (index, span) in spans.iter().enumerate() {
+                let next = spans.get(index + 1).map(|next| next.start_ns);
+                if next == Some(span.start_ns) {
+                    continue;
+                }
+                let until_ns = next.map_or(u64::MAX, |next| next.saturating_sub(1));
+                ends.push(End {
+                    recording,
+                    pid: *pid,
+                    process,
+                    span,
+                    // No migration has the id 0: it stands for one that was not agreed on.
+                    id: id(span).filter(|id| *id != 0),
+                    end_ns: span.end_ns.min(until_ns),
+                    before_ns: before_ns.replace(span.start_ns),
+                    until_ns,
+                });
+            }
         }
     }
     ends.sort_by_key(|end| end.span.start_ns);
     ends
 }
 
-/// Which of `incoming` is the other end of `source`: the one with its id, or else one that was at
-/// work at the same time on the same host, if it never said an id and nothing else qualifies.
-fn twin(source: &End<'_>, incoming: &[End<'_>], taken: &[bool]) -> Option<usize> {
-    let same_clock = |end: &End<'_>| clock::same_host(source.recording, end.recording);
-    let meets = |end: &End<'_>| {
-        end.span.start_ns <= source.span.end_ns && source.span.start_ns <= end.span.end_ns
-    };
-    let free = || {
-        let free = incoming
-            .iter()
-            .enumerate()
-            .zip(taken)
-            .filter(|(_, taken)| !**taken);
-        free.map(|(end, _)| end)
-            .filter(|(_, end)| !(same_clock(end) && end.pid == source.pid))
-    };
-    let known = free().find(|(_, end)| {
-        source.id.is_some() && end.id == source.id && (!same_clock(end) || meets(end))
-    });
-    if let Some((index, _)) = known {
-        return Some(index);
+/// The destinations' ends that have no source yet.
+struct Incoming<'a> {
+    ends: Vec<Option<End<'a>>>,
+    /// When each began, be it taken or not.
+    begins: Vec<u64>,
+    /// Their places, by id.
+    by_id: HashMap<u64, VecDeque<usize>>,
+    /// Those without one, in the order of their begins.
+    nameless: Vec<usize>,
+}
+
+impl<'a> Incoming<'a> {
+    fn new(ends: Vec<End<'a>>) -> Self {
+        let mut by_id: HashMap<u64, VecDeque<usize>> = HashMap::new();
+        let mut nameless = Vec::new();
+        for (index, end) in ends.iter().enumerate() {
+            match end.id {
+                Some(id) => by_id.entry(id).or_default().push_back(index),
+                None => nameless.push(index),
+            }
+        }
+        Self {
+            begins: ends.iter().map(|end| end.span.start_ns).collect(),
+            ends: ends.into_iter().map(Some).collect(),
+            by_id,
+            nameless,
+        }
     }
-    let mut nameless = free().filter(|(_, end)| end.id.is_none() && same_clock(end) && meets(end));
-    let (index, _) = nameless.next()?;
-    nameless.next().is_none().then_some(index)
+
+    /// Takes the other end of `source`: the one with its id, or else one that was at work at the same
+    /// time on the same host, if it never said an id and nothing else qualifies.
+    fn twin(&mut self, source: &End<'a>) -> Option<End<'a>> {
+        let index = self.known(source).or_else(|| self.silent(source))?;
+        self.ends.get_mut(index)?.take()
+    }
+
+    fn known(&mut self, source: &End<'a>) -> Option<usize> {
+        let same = self.by_id.get_mut(&source.id?)?;
+        let is_free = |index: &usize| self.ends.get(*index).is_some_and(Option::is_some);
+        while same.pop_front_if(|index| !is_free(index)).is_some() {}
+        let mut candidates = same.iter().copied().filter(is_free).take(CANDIDATES);
+        candidates.find(|index| {
+            let end = self.ends.get(*index).and_then(Option::as_ref);
+            end.is_some_and(|end| {
+                let one_clock = clock::same_host(source.recording, end.recording);
+                !one_clock || (end.pid != source.pid && source.meets(end))
+            })
+        })
+    }
+
+    fn silent(&self, source: &End<'a>) -> Option<usize> {
+        let end = |index: &usize| self.ends.get(*index).and_then(Option::as_ref);
+        // They are in the order of their begins, those that were taken too: the last ones to begin
+        // before the source ended are those that may meet it.
+        let begun = self.nameless.partition_point(|index| {
+            self.begins
+                .get(*index)
+                .is_some_and(|begin_ns| *begin_ns <= source.end_ns)
+        });
+        let last = self.nameless.get(begun.saturating_sub(CANDIDATES)..begun)?;
+        let mut fit = last.iter().copied().filter(|index| {
+            end(index).is_some_and(|end| {
+                clock::same_host(source.recording, end.recording)
+                    && end.pid != source.pid
+                    && source.meets(end)
+            })
+        });
+        let index = fit.next()?;
+        fit.next().is_none().then_some(index)
+    }
+
+    fn rest(self) -> impl Iterator<Item = End<'a>> {
+        self.ends.into_iter().flatten()
+    }
+}
+
+impl End<'_> {
+    fn meets(&self, other: &Self) -> bool {
+        other.span.start_ns <= self.end_ns && self.span.start_ns <= other.end_ns
+    }
 }
 
 fn join<'a>(source: Option<End<'a>>, destination: Option<End<'a>>) -> Migration<'a> {
     let clock = match (&source, &destination) {
         (Some(source), Some(destination)) => {
-            let (from, to) = (source.span.start_ns, source.span.end_ns);
+            let (from, to) = (source.span.start_ns, source.end_ns);
             let threads = source.process.threads.values();
-            let points = threads
-                .flat_map(|thread| &thread.points)
-                .filter(|point: &&Point| (from..=to).contains(&point.ts_ns));
+            let points = threads.flat_map(|thread| {
+                let points = &thread.points;
+                let first = points.partition_point(|point: &Point| point.ts_ns < from);
+                let since = points.get(first..).unwrap_or_default().iter();
+                since.take_while(|point| point.ts_ns <= to)
+            });
             clock::relate(source.recording, destination.recording, points)
         }
         _ => Clock::SAME,
@@ -238,8 +314,8 @@ fn join<'a>(source: Option<End<'a>>, destination: Option<End<'a>>) -> Migration<
         ..unplaced
     };
     let end_ns = source
-        .map(|end| here.at(end.span.end_ns))
-        .max(destination.map(|end| there.at(end.span.end_ns)))
+        .map(|end| here.at(end.end_ns))
+        .max(destination.map(|end| there.at(end.end_ns)))
         .unwrap_or(0);
     let party = |end: Option<End<'a>>, side, place: Place| {
         let end = end?;
@@ -253,7 +329,11 @@ fn join<'a>(source: Option<End<'a>>, destination: Option<End<'a>>) -> Migration<
             end.recording,
             (end.pid, end.process),
             place,
-            (from, end_ns),
+            Window {
+                from_ns: from,
+                to_ns: end_ns,
+                next_ns: place.at(end.until_ns),
+            },
         ))
     };
     let said = |name| {
@@ -265,7 +345,14 @@ fn join<'a>(source: Option<End<'a>>, destination: Option<End<'a>>) -> Migration<
         .iter()
         .chain(&destination)
         .all(|end| end.span.end.is_some());
-    let lost_until_ns = if seen { end_ns } else { i64::MAX };
+    let next_ns = source
+        .map(|end| here.at(end.until_ns))
+        .min(destination.map(|end| there.at(end.until_ns)));
+    let lost_until_ns = if seen {
+        end_ns
+    } else {
+        next_ns.unwrap_or(i64::MAX).max(end_ns)
+    };
     let id = source
         .and_then(|end| end.id)
         .or_else(|| destination.and_then(|end| end.id));
@@ -312,6 +399,9 @@ fn start_of(source: &End<'_>) -> i64 {
             span.name() == "qmp_command"
                 && span.begin.str("name") == Some("migrate")
                 && begun_ns.saturating_sub(span.end_ns) < ASKED_NS
+                && source
+                    .before_ns
+                    .is_none_or(|before_ns| span.start_ns > before_ns)
         });
     let start_ns = asked.next().map_or(begun_ns, |span| span.start_ns);
     i64::try_from(start_ns).unwrap_or(i64::MAX)

@@ -19,13 +19,15 @@ pub mod parts;
 pub mod party;
 mod scan;
 pub mod spans;
+mod thread;
 mod took;
 pub mod wire;
 
 pub use downtime::Downtime;
-pub use load::{Loaded, Process, Thread};
+pub use load::Loaded;
 pub use loss::{Loss, Losses};
 pub use migration::{Migration, View, find};
 pub use parts::Part;
 pub use party::{Party, Placed, Side};
 pub use spans::{Args, Point, Problem, Span};
+pub use thread::{Process, Thread};

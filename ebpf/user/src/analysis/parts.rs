@@ -6,8 +6,9 @@ use std::io;
 use std::mem;
 use std::sync::Arc;
 
-use super::load::{self, Again, Loaded, Process, Thread};
+use super::load::{self, Again, Loaded};
 use super::spans::{Event, Meaning, Pairing};
+use super::thread::{Process, Thread};
 use crate::recording::{Error, Frame, Ioctl, KernelFn, VcpuGap};
 
 /// So much is held of a recording while its parts are made, each unit being an event of [`UNIT`] bytes.

@@ -1,9 +1,10 @@
 //! One process's part in one migration, on the migration's own time axis: 0 is its start, on the
 //! source's clock.
 
-use super::load::{Loaded, Process, Thread};
+use super::load::Loaded;
 use super::spans::{Point, Problem, Span};
-use crate::recording::{Ioctl, KernelFn, VcpuGap};
+use super::thread::{Process, Thread};
+use crate::recording::{Ioctl, KernelFn};
 
 /// Which end of a migration.
 #[derive(
@@ -113,6 +114,21 @@ impl<'a, T> Placed<'a, T> {
 /// the spans and those that run the guest are not the same, and a host may be busy. 1 s, in ns.
 const AFTERWARDS_NS: i64 = 1_000_000_000;
 
+/// What of a process's time belongs to a migration, on its axis, ns.
+#[derive(Clone, Copy, Debug)]
+pub struct Window {
+    /// From here on.
+    pub from_ns: i64,
+    /// Up to here.
+    pub to_ns: i64,
+    /// Whatever comes, after this it belongs to the process's next migration.
+    pub next_ns: i64,
+}
+
+/// Looked at before what is in a window, for what reaches into it: a thread's events follow each
+/// other, or are inside each other, so more than this are those of a damaged recording.
+const BEFORE: usize = 64;
+
 /// A vCPU's runs near the migration, as far as they were seen. All lists are in order.
 #[derive(Clone, Debug, Default)]
 pub struct Vcpu {
@@ -164,14 +180,18 @@ pub struct Party<'a> {
 }
 
 impl<'a> Party<'a> {
-    /// What process `pid` of `recording` did between `from` and `to` on the axis.
+    /// What process `pid` of `recording` did in `window`.
     pub fn new(
         side: Side,
         recording: &'a Loaded,
         (pid, process): (u32, &'a Process),
         place: Place,
-        window: (i64, i64),
+        window: Window,
     ) -> Self {
+        let window = Window {
+            to_ns: window.to_ns.min(window.next_ns),
+            ..window
+        };
         let mut party = Self {
             side,
             recording,
@@ -185,9 +205,17 @@ impl<'a> Party<'a> {
             vcpus: Vec::new(),
             problems: Vec::new(),
         };
+        let afterwards = window.to_ns.saturating_add(AFTERWARDS_NS);
+        let times = (place.back(window.from_ns), place.back(afterwards));
+        // A vCPU may have stopped before, or start later.
+        let takes_part = |thread: &Thread| {
+            let inside = |(first, last)| first <= times.1 && times.0 <= last;
+            thread.edges.is_some() || thread.seen.is_some_and(inside)
+        };
         let mut threads: Vec<_> = process
             .threads
             .iter()
+            .filter(|(_, thread)| takes_part(thread))
             .map(|(tid, thread)| (party.thread_spans(*tid, thread, window), *tid, thread))
             .collect();
         // The thread that acted first comes first: that is the call order of a reader.
@@ -223,12 +251,8 @@ impl<'a> Party<'a> {
         self.recording.lost.meet(start_ns, end_ns)
     }
 
-    fn thread_spans(
-        &self,
-        tid: u32,
-        thread: &'a Thread,
-        (from, to): (i64, i64),
-    ) -> Vec<Placed<'a, Span>> {
+    fn thread_spans(&self, tid: u32, thread: &'a Thread, window: Window) -> Vec<Placed<'a, Span>> {
+        let (from, to) = (window.from_ns, window.to_ns);
         let spans = &thread.spans;
         let placed = |span: &'a Span| Placed {
             tid,
@@ -253,47 +277,43 @@ impl<'a> Party<'a> {
         before
     }
 
-    fn take(&mut self, tid: u32, thread: &'a Thread, (from, to): (i64, i64)) {
+    fn take(&mut self, tid: u32, thread: &'a Thread, window: Window) {
         let place = self.place;
         let range = |start: u64, end: u64| (place.at(start), place.at(end));
-        let (points, ioctls, functions) = (&thread.points, &thread.ioctls, &thread.functions);
-        let placed = |point: &'a Point| Placed::new(tid, range(point.ts_ns, point.ts_ns), point);
-        self.points.extend(
-            since(points, from, |point| place.at(point.ts_ns))
-                .map(placed)
-                .take_while(|point| point.start_ns <= to),
-        );
-        let placed =
-            |ioctl: &'a Ioctl| Placed::new(tid, range(ioctl.enter_ns, ioctl.exit_ns), ioctl);
-        self.ioctls.extend(
-            since(ioctls, from, |ioctl| place.at(ioctl.exit_ns))
-                .map(placed)
-                .take_while(|ioctl| ioctl.start_ns <= to),
-        );
-        let placed = |one: &'a KernelFn| Placed::new(tid, range(one.enter_ns, one.exit_ns), one);
-        self.functions.extend(
-            since(functions, from, |one| place.at(one.exit_ns))
-                .map(placed)
-                .take_while(|one| one.start_ns <= to),
-        );
-        let problems = since(&thread.problems, from, |problem| place.at(problem.ts_ns()));
-        self.problems
-            .extend(problems.take_while(|problem| place.at(problem.ts_ns()) <= to));
-        self.vcpus.extend(self.vcpu(tid, thread, (from, to)));
+        let inside = (window.from_ns, window.to_ns);
+        let points = reaching(&thread.points, inside, |one| range(one.ts_ns, one.ts_ns));
+        self.points
+            .extend(points.map(|(range, point)| Placed::new(tid, range, point)));
+        let ioctls = reaching(&thread.ioctls, inside, |one| {
+            range(one.enter_ns, one.exit_ns)
+        });
+        self.ioctls
+            .extend(ioctls.map(|(range, ioctl)| Placed::new(tid, range, ioctl)));
+        let functions = reaching(&thread.functions, inside, |one| {
+            range(one.enter_ns, one.exit_ns)
+        });
+        self.functions
+            .extend(functions.map(|(range, one)| Placed::new(tid, range, one)));
+        let problems = reaching(&thread.problems, inside, |one| {
+            range(one.ts_ns(), one.ts_ns())
+        });
+        self.problems.extend(problems.map(|(_, problem)| problem));
+        self.vcpus.extend(self.vcpu(tid, thread, window));
     }
 
     /// The thread's part as a vCPU; `None` if it is none.
-    fn vcpu(&self, tid: u32, thread: &Thread, (from, to): (i64, i64)) -> Option<Vcpu> {
+    fn vcpu(&self, tid: u32, thread: &Thread, window: Window) -> Option<Vcpu> {
+        let place = self.place;
         let mut vcpu = Vcpu {
             tid,
             ..Vcpu::default()
         };
-        let points = since(&thread.points, from, |point| self.place.at(point.ts_ns));
-        for point in points {
-            let at = self.place.at(point.ts_ns);
-            if at > to.saturating_add(AFTERWARDS_NS) {
-                break;
-            }
+        let afterwards = window.to_ns.saturating_add(AFTERWARDS_NS);
+        let afterwards = (window.from_ns, afterwards.min(window.next_ns));
+        let points = reaching(&thread.points, afterwards, |point| {
+            (place.at(point.ts_ns), place.at(point.ts_ns))
+        });
+        for ((at, _), point) in points {
             let list = match point.name() {
                 "vcpu_paused" => &mut vcpu.paused,
                 "vcpu_first_run" => &mut vcpu.first_runs,
@@ -309,37 +329,50 @@ impl<'a> Party<'a> {
         if let Some(edges) = &thread.edges {
             vcpu.index = edges.vcpu.map(u64::from).or(vcpu.index);
             let first_ns = Some(edges.first_enter_ns).filter(|first| *first != 0);
-            vcpu.first_enter = first_ns.map(|first| self.place.at(first));
+            vcpu.first_enter = first_ns.map(|first| place.at(first));
             let stopped = edges.last_exit_ns > edges.last_enter_ns;
-            vcpu.last_exit = stopped.then(|| self.place.at(edges.last_exit_ns));
+            vcpu.last_exit = stopped.then(|| place.at(edges.last_exit_ns));
         }
-        let gap = |gap: &VcpuGap| (self.place.at(gap.exit_ns), self.place.at(gap.enter_ns));
-        let gaps = since(&thread.gaps, from, |gap| self.place.at(gap.enter_ns));
-        vcpu.left = thread
-            .guest
-            .iter()
-            .filter_map(|guest| guest.left_ns)
-            .map(|ns| self.place.at(ns))
-            .collect();
-        vcpu.entered = thread
-            .guest
-            .iter()
-            .filter_map(|guest| guest.entered_ns)
-            .map(|ns| self.place.at(ns))
-            .collect();
-        vcpu.gaps = gaps.map(gap).take_while(|(exit, _)| *exit <= to).collect();
-        vcpu.index = vcpu
-            .index
-            .or(thread.gaps.iter().find_map(|gap| gap.vcpu.map(u64::from)));
+        let gaps = reaching(&thread.gaps, (window.from_ns, window.to_ns), |gap| {
+            (place.at(gap.exit_ns), place.at(gap.enter_ns))
+        });
+        vcpu.gaps = gaps.map(|(range, _)| range).collect();
+        vcpu.left = around(&thread.left, window, place);
+        vcpu.entered = around(&thread.entered, window, place);
+        vcpu.index = vcpu.index.or_else(|| {
+            thread
+                .gaps
+                .iter()
+                .take(BEFORE)
+                .find_map(|gap| gap.vcpu.map(u64::from))
+        });
         Some(vcpu)
     }
 }
 
-/// What of `events` ends at or after `from`. Those of one thread follow each other, or are inside
-/// each other, so their ends are in order but for a few; a damaged recording shows too little.
-fn since<T>(events: &[T], from: i64, end: impl Fn(&T) -> i64) -> impl Iterator<Item = &T> {
-    let begin = events.partition_point(|event| end(event) < from);
-    events.get(begin..).unwrap_or_default().iter()
+/// What of `events`, which are in order, reaches into the time from `from` to `to`, with where each
+/// one lies.
+fn reaching<T>(
+    events: &[T],
+    (from, to): (i64, i64),
+    range: impl Fn(&T) -> (i64, i64),
+) -> impl Iterator<Item = ((i64, i64), &T)> {
+    let inside = events.partition_point(|event| range(event).0 < from);
+    let first = inside.saturating_sub(BEFORE);
+    let rest = events.get(first..).unwrap_or_default().iter();
+    rest.map(move |event| (range(event), event))
+        .take_while(move |((start, _), _)| *start <= to)
+        .filter(move |((_, end), _)| *end >= from)
+}
+
+/// The times in `window`, and some on either side: those next to it are what counts where none are
+/// in it.
+fn around(times: &[u64], window: Window, place: Place) -> Vec<i64> {
+    let first = times.partition_point(|ns| place.at(*ns) < window.from_ns);
+    let last = times.partition_point(|ns| place.at(*ns) <= window.to_ns);
+    let range = first.saturating_sub(BEFORE)..last.saturating_add(BEFORE).min(times.len());
+    let times = times.get(range).unwrap_or_default().iter();
+    times.map(|ns| place.at(*ns)).collect()
 }
 
 /// A QMP command that has nothing to do with the migration and did nothing that was seen, such as

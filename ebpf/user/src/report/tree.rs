@@ -1,6 +1,7 @@
 //! One side's spans as lines of a tree, in call order.
 
 use std::collections::HashMap;
+use std::ptr;
 
 use blackout_abi::Nature;
 
@@ -68,36 +69,37 @@ pub(super) fn rows(party: &Party<'_>, bounds: Option<Bounds>) -> Vec<Row> {
 
 /// The lines of a party without probes: what KVM did for it during the downtime `bounds`, in order.
 pub(super) fn ioctl_rows(party: &Party<'_>, bounds: Option<Bounds>) -> Vec<Row> {
-    let runs = runs(party, bounds, |_| true);
-    runs.iter()
-        .filter_map(|run| kernel_row(party, run, 0, bounds))
+    let runs = runs(inside(party, bounds), &[]);
+    let runs = runs.iter();
+    runs.filter_map(|run| kernel_row(party, run, 0, bounds))
         .collect()
 }
 
-/// The ioctls of the threads that are wanted, in the downtime `bounds`; equal ones in a row, between
-/// which no span begins or ends, are one run.
-fn runs<'a>(
+/// Its ioctls in the downtime `bounds`.
+fn inside<'a>(
     party: &Party<'a>,
     bounds: Option<Bounds>,
-    wanted: impl Fn(u32) -> bool,
+) -> impl Iterator<Item = Placed<'a, Ioctl>> {
+    let inside = move |ioctl: &&Placed<'_, Ioctl>| {
+        bounds
+            .is_some_and(|bounds| ioctl.start_ns < bounds.end_ns && ioctl.end_ns > bounds.start_ns)
+    };
+    party.ioctls.iter().filter(inside).copied()
+}
+
+/// Equal ones among `ioctls` in a row are one run, if they are one thread's and none of `edges`, which
+/// are in order, is between their begins.
+fn runs<'a>(
+    ioctls: impl Iterator<Item = Placed<'a, Ioctl>>,
+    edges: &[i64],
 ) -> Vec<Vec<Placed<'a, Ioctl>>> {
-    let inside = |ioctl: &&Placed<'_, Ioctl>| {
-        let overlaps =
-            |bounds: Bounds| ioctl.start_ns < bounds.end_ns && ioctl.end_ns > bounds.start_ns;
-        wanted(ioctl.tid) && bounds.is_some_and(overlaps)
-    };
-    let ioctls: Vec<_> = party.ioctls.iter().filter(inside).copied().collect();
-    // What has begun and ended by then on its thread.
-    let edges = |ioctl: &Placed<'_, Ioctl>| {
-        let spans = party.spans.iter().filter(|span| span.tid == ioctl.tid);
-        let all = spans.flat_map(|span| [span.start_ns, span.end_ns]);
-        all.filter(|edge_ns| *edge_ns <= ioctl.start_ns).count()
-    };
+    let ioctls: Vec<_> = ioctls.collect();
+    let before = |one: &Placed<'_, Ioctl>| edges.partition_point(|ns| *ns <= one.start_ns);
     let same = |one: &Placed<'_, Ioctl>, next: &Placed<'_, Ioctl>| {
         one.tid == next.tid
             && one.what.ret == next.what.ret
             && describe::ioctl(one.what) == describe::ioctl(next.what)
-            && edges(one) == edges(next)
+            && before(one) == before(next)
     };
     ioctls.chunk_by(same).map(<[_]>::to_vec).collect()
 }
@@ -105,16 +107,24 @@ fn runs<'a>(
 /// The lines of a party with probes that are not ours: by thread its spans that reach into the
 /// downtime `bounds`, and in them, or between them, what KVM did for it.
 pub(super) fn foreign_rows(party: &Party<'_>, bounds: Option<Bounds>) -> Vec<Row> {
-    let mut tids: Vec<_> = party.spans.iter().map(|span| span.tid).collect();
-    tids.dedup();
+    let mut ioctls: HashMap<u32, Vec<Placed<'_, Ioctl>>> = HashMap::new();
+    for ioctl in inside(party, bounds) {
+        ioctls.entry(ioctl.tid).or_default().push(ioctl);
+    }
     let mut rows = Vec::new();
-    for tid in &tids {
-        let spans = party.spans.iter().filter(|span| span.tid == *tid);
+    for spans in party.spans.chunk_by(|one, next| one.tid == next.tid) {
+        let tid = spans.first().map_or(0, |span| span.tid);
+        // What has begun and ended on the thread.
+        let edges = spans.iter().flat_map(|span| [span.start_ns, span.end_ns]);
+        let mut edges: Vec<_> = edges.collect();
+        edges.sort_unstable();
+        let spans = spans.iter();
         let spans = spans.filter(|span| share(&[**span], bounds).is_some());
         let mut spans = spans.peekable();
         // Where the spans end that are open.
         let mut open: Vec<i64> = Vec::new();
-        for run in runs(party, bounds, |one| one == *tid) {
+        let its = ioctls.remove(&tid).unwrap_or_default();
+        for run in runs(its.into_iter(), &edges) {
             let Some(first) = run.first() else { continue };
             while let Some(span) = spans.next_if(|span| span.start_ns <= first.start_ns) {
                 open.retain(|end_ns| *end_ns > span.start_ns);
@@ -126,7 +136,8 @@ pub(super) fn foreign_rows(party: &Party<'_>, bounds: Option<Bounds>) -> Vec<Row
         }
         rows.extend(spans.filter_map(|span| span_row(party, &[*span], bounds)));
     }
-    let others = runs(party, bounds, |one| !tids.contains(&one));
+    let others = inside(party, bounds).filter(|ioctl| ioctls.contains_key(&ioctl.tid));
+    let others = runs(others, &[]);
     rows.extend(
         others
             .iter()
@@ -254,21 +265,28 @@ fn place<T>(run: &[Placed<'_, T>], bounds: Option<Bounds>) -> Option<(f64, f64)>
 /// The ioctls that are the kernel's view of a table operation, by the place of the innermost span
 /// that made them.
 fn kernel_views<'a>(party: &Party<'a>) -> HashMap<usize, Vec<Placed<'a, Ioctl>>> {
+    let places = party.spans.iter().enumerate();
+    let places: HashMap<_, _> = places
+        .map(|(index, span)| (ptr::from_ref(span.what), index))
+        .collect();
     let mut views: HashMap<usize, Vec<Placed<'a, Ioctl>>> = HashMap::new();
     for (index, operation) in party.spans.iter().enumerate() {
-        for ioctl in party
-            .ioctls
-            .iter()
-            .filter(|ioctl| its::is_kernel_view(operation, ioctl))
-        {
-            // What is inside the operation follows it; the last that holds the ioctl is innermost.
-            let inside = party.spans.iter().enumerate().skip(index);
-            let inside = inside.take_while(|(_, span)| operation.holds(span));
-            let innermost = inside.filter(|(_, span)| span.holds(ioctl)).last();
+        for ioctl in its::kernel_view(party, operation) {
+            let thread = party.process.threads.get(&operation.tid);
+            let mut around = thread
+                .into_iter()
+                .flat_map(|thread| thread.spans_before(ioctl.enter_ns));
+            let innermost = around.find(|span| ioctl.exit_ns <= span.end_ns);
+            let innermost = innermost.and_then(|span| places.get(&ptr::from_ref(span)));
+            let at = |ns| party.place.at(ns);
             views
-                .entry(innermost.map_or(index, |(index, _)| index))
+                .entry(innermost.copied().unwrap_or(index))
                 .or_default()
-                .push(*ioctl);
+                .push(Placed::new(
+                    operation.tid,
+                    (at(ioctl.enter_ns), at(ioctl.exit_ns)),
+                    ioctl,
+                ));
         }
     }
     views

@@ -4,6 +4,7 @@
 //! them, and the diff is then for a person to judge.
 
 mod chrome;
+mod crowded;
 mod exports;
 mod hostile;
 mod merge;

@@ -165,6 +165,15 @@ impl Tape {
         self
     }
 
+    /// Defines the probes called `names` here, where each hit finds them soon.
+    pub(crate) fn knows(&mut self, names: &[&str]) -> &mut Self {
+        for name in names {
+            let id = probes::probe_id(name).unwrap_or_else(|| panic!("no probe {name}"));
+            self.define(id.into(), &PROBES[usize::from(id)]);
+        }
+        self
+    }
+
     /// Defines a probe before its first hit. Only those that fire are defined, so that a tape stays
     /// what it is when the table grows.
     fn define(&mut self, id: u32, probe: &probes::Probe) {

@@ -3,6 +3,7 @@
 use std::cmp::Reverse;
 use std::collections::HashMap;
 use std::io;
+use std::ptr;
 
 use serde_json::Value;
 
@@ -10,7 +11,7 @@ use super::event::{Args, Event, Track};
 use super::hosts::{Hosts, runs_from};
 use super::{Events, GUEST_ROW, KERNEL_ROW, Sink};
 use crate::analysis::spans;
-use crate::analysis::{Loaded, Migration, Part, Party, Process, Span, Thread, describe, kvm};
+use crate::analysis::{Loaded, Migration, Part, Process, Span, Thread, describe, kvm};
 use crate::recording::{Ioctl, KernelFn, Value as Arg, VcpuEdges, VcpuGap};
 
 /// Slices within more others than this are left out, as Perfetto does: a damaged recording has them.
@@ -32,11 +33,18 @@ pub(super) fn write<S: Sink>(
         is_last: false,
         written: HashMap::new(),
     };
+    // The source stands above the destination, and what took part above what did not.
+    let mut places = HashMap::new();
+    for (place, party) in (0..).zip(migrations.iter().flat_map(Migration::parties)) {
+        if ptr::eq(party.recording, recording) {
+            places.entry(party.pid).or_insert(place);
+        }
+    }
     let mut is_first = true;
     recording.parts(|part| {
         rows.is_last = part.is_last;
         if is_first || part.is_last {
-            rows.all(part, is_first.then_some(migrations))?;
+            rows.all(part, is_first.then_some(&places))?;
         } else {
             rows.some(part)?;
         }
@@ -78,16 +86,16 @@ impl<S: Sink> Rows<'_, '_, '_, S> {
         Ok(())
     }
 
-    /// The same of all processes, and their names if `migrations` says what is first among them.
-    fn all(&mut self, part: &Part<'_>, migrations: Option<&[Migration<'_>]>) -> io::Result<()> {
+    /// The same of all processes, and their names if they have `places`.
+    fn all(&mut self, part: &Part<'_>, places: Option<&HashMap<u32, u64>>) -> io::Result<()> {
         let nothing = Thread::default();
         for (pid, process) in &self.recording.processes {
-            if let Some(migrations) = migrations {
-                self.name_process(*pid, process, migrations)?;
+            if let Some(places) = places {
+                self.name_process(*pid, process, places)?;
             }
             let did = part.processes.get(pid);
             for (order, (tid, thread)) in (0..).zip(&process.threads) {
-                if migrations.is_some() {
+                if places.is_some() {
                     self.name_thread((*pid, *tid), thread, order)?;
                 }
                 let did = did.and_then(|process| process.threads.get(tid));
@@ -101,7 +109,7 @@ impl<S: Sink> Rows<'_, '_, '_, S> {
         &mut self,
         pid: u32,
         process: &Process,
-        migrations: &[Migration<'_>],
+        places: &HashMap<u32, u64>,
     ) -> io::Result<()> {
         let recording = self.recording;
         let group = self.hosts.pid(recording, pid);
@@ -112,11 +120,7 @@ impl<S: Sink> Rows<'_, '_, '_, S> {
             "name",
             describe::printable(&name),
         ))?;
-        // The source stands above the destination, and what took part above what did not.
-        let parties = migrations.iter().flat_map(Migration::parties);
-        let part = |party: &Party<'_>| std::ptr::eq(party.recording, recording) && party.pid == pid;
-        let place = (0u64..).zip(parties).find(|(_, party)| part(party));
-        let place = place.map_or(u64::from(u32::MAX), |(place, _)| place);
+        let place = places.get(&pid).copied().unwrap_or(u64::from(u32::MAX));
         self.events.put(&Event::process(
             "process_sort_index",
             group,
