@@ -1,6 +1,8 @@
 //! Running other programs with errors that say which one failed and how.
 
+use std::collections::HashSet;
 use std::ffi::OsStr;
+use std::fs;
 use std::io::{BufRead, BufReader};
 use std::path::PathBuf;
 use std::process::{Child, Command, ExitStatus, Stdio};
@@ -9,6 +11,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
+use rustix::process::{Pid, Signal, kill_process};
 
 /// Runs `command` with its output on the terminal; an exit code other than zero is an error.
 pub(crate) fn run(command: &mut Command) -> Result<()> {
@@ -132,15 +135,52 @@ pub(crate) fn find(program: &str) -> Option<PathBuf> {
         .find(|file| file.is_file())
 }
 
-/// A child process, killed when dropped.
+/// A child process, killed when dropped, with all that it has started: a build's compilers, a fuzzer's
+/// target. They are found by their parents and not by a process group of their own, which would not
+/// hear of Ctrl-C.
 struct Killed(Child);
 
 impl Drop for Killed {
     fn drop(&mut self) {
-        // Both fail only when the process has ended already.
+        let tree = stopped(self.0.id());
+        // All of these fail only for a process that has ended already.
+        for pid in tree {
+            let _ = kill_process(pid, Signal::KILL);
+        }
         let _ = self.0.kill();
         let _ = self.0.wait();
     }
+}
+
+/// The process `root` and those under it, stopped, so that none starts another meanwhile.
+fn stopped(root: u32) -> HashSet<Pid> {
+    let mut tree = HashSet::new();
+    let root = i32::try_from(root).ok().and_then(Pid::from_raw);
+    let mut new: Vec<_> = root.into_iter().collect();
+    while !new.is_empty() {
+        for pid in new.drain(..) {
+            let _ = kill_process(pid, Signal::STOP);
+            tree.insert(pid);
+        }
+        let under = processes().into_iter();
+        let under = under.filter(|(pid, parent)| tree.contains(parent) && !tree.contains(pid));
+        new.extend(under.map(|(pid, _)| pid));
+    }
+    tree
+}
+
+/// Every process and its parent.
+fn processes() -> Vec<(Pid, Pid)> {
+    let entries = fs::read_dir("/proc").into_iter().flatten().flatten();
+    let parent_of = |entry: fs::DirEntry| {
+        let pid = entry.file_name().to_str()?.parse().ok()?;
+        let stat = fs::read_to_string(entry.path().join("stat")).ok()?;
+        // The name, in parentheses, may have blanks; the state and the parent follow it.
+        let (_, rest) = stat.rsplit_once(')')?;
+        let parent = rest.split_whitespace().nth(1)?.parse().ok()?;
+        Some((Pid::from_raw(pid)?, Pid::from_raw(parent)?))
+    };
+    entries.filter_map(parent_of).collect()
 }
 
 fn name(command: &Command) -> String {
@@ -153,4 +193,28 @@ fn describe(command: &Command) -> String {
         .map(OsStr::to_string_lossy)
         .collect();
     format!("`{}`", words.join(" "))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn who_gives_up_leaves_nobody_behind() {
+        let mut grandparent = Command::new("sh");
+        grandparent.args(["-c", "sh -c 'sleep 600 & echo $!; wait' & wait"]);
+        let mut said = String::new();
+        let ended = stream(&mut grandparent, Duration::from_secs(1), |line| {
+            said.push_str(line);
+        });
+        assert!(ended.unwrap().is_none() && !said.is_empty());
+        // One that nobody has waited for yet is dead all the same; a signal takes its time.
+        let state = || fs::read_to_string(format!("/proc/{said}/stat")).unwrap_or_default();
+        let is_dead = || state().is_empty() || state().contains(") Z ");
+        let deadline = Instant::now() + Duration::from_secs(10);
+        while !is_dead() {
+            assert!(Instant::now() < deadline, "{}", state());
+            thread::sleep(Duration::from_millis(10));
+        }
+    }
 }
