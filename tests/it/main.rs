@@ -5,6 +5,7 @@ mod attach;
 mod backends;
 mod bench;
 mod capture;
+mod dirty_ring;
 mod doctor;
 mod endurance;
 mod fault_campaign;

@@ -68,7 +68,7 @@ pub(crate) fn small() -> VmmOptions {
 }
 
 /// Migrates and checks that the guest is the destination's, no less far than it was, and going on.
-fn migrate(
+pub(crate) fn migrate(
     source: &mut Running,
     destination: &mut Running,
     uri: &str,
@@ -101,7 +101,7 @@ fn migrate(
     Ok(answer)
 }
 
-fn verified(cpus: u32, cmdline: &str) -> VmmOptions {
+pub(crate) fn verified(cpus: u32, cmdline: &str) -> VmmOptions {
     VmmOptions {
         memory: "64M".into(),
         cpus,

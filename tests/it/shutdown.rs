@@ -80,6 +80,7 @@ fn machine(program: Option<PathBuf>, requests: &mpsc::Sender<Request>) -> Result
     let config = Config {
         ram_size: 8 << 20,
         vcpus: 1,
+        dirty_ring_size: None,
         incoming: program.is_none(),
         program: program.map(Program::Payload),
         cmdline: String::new(),

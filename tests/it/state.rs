@@ -77,6 +77,7 @@ fn machine(boots: bool) -> Result<Machine> {
     let config = Config {
         ram_size: 32 << 20,
         vcpus: 2,
+        dirty_ring_size: None,
         incoming: false,
         guest_clock: vmm::arch::GUEST_CLOCK,
         program: boots

@@ -65,6 +65,11 @@ pub struct Args {
     #[arg(long, value_name = "N", default_value_t = 1, value_parser = clap::value_parser!(u32).range(1..=MAX_VCPUS as i64), help_heading = "Machine")]
     pub cpus: u32,
 
+    /// Entries of each vCPU's dirty ring, 1024 to 65536 and a power of 2: a large guest's last look at what
+    /// it wrote then takes as long as it writes, and not as long as it is large [default: no rings]
+    #[arg(long, value_name = "N", value_parser = ring_size, help_heading = "Machine")]
+    pub dirty_ring_size: Option<u32>,
+
     /// Name of the VM, for query-name
     #[arg(long, value_name = "NAME", help_heading = "Machine")]
     pub name: Option<String>,
@@ -192,6 +197,17 @@ fn one_line(error: &clap::Error) -> String {
 
 fn incoming(text: &str) -> Result<String, uri::Error> {
     uri::Incoming::parse(text).map(|_| text.to_owned())
+}
+
+fn ring_size(text: &str) -> Result<u32, String> {
+    let size = text
+        .parse()
+        .ok()
+        .filter(|size: &u32| size.is_power_of_two());
+    size.filter(|size| (1 << 10..=1 << 16).contains(size))
+        .ok_or_else(|| {
+            format!("a dirty ring can't have {text} entries, but 1024, 2048, and so on to 65536")
+        })
 }
 
 fn cmdline(text: &str) -> Result<String, String> {

@@ -15,7 +15,7 @@ impl Report {
     /// # Errors
     /// When there is no KVM to ask, or it makes no virtual machine.
     pub fn new() -> Result<Self, kvm::Error> {
-        let vm = Vm::new()?;
+        let vm = Vm::new(None)?;
         let mut findings = vec![
             has(
                 &vm,
@@ -45,6 +45,12 @@ impl Report {
                 true,
                 "virtio devices",
             ),
+            Finding {
+                what: format!("dirty rings of {} entries", vm.dirty_ring_max()),
+                there: vm.dirty_ring_max() > 0,
+                needed: false,
+                without: "--dirty-ring-size does not work",
+            },
             Finding {
                 what: format!("{} vCPUs in a machine", vm.max_vcpus()),
                 there: vm.max_vcpus() > 0,

@@ -43,6 +43,8 @@ pub struct Config {
     pub ram_size: u64,
     /// vCPUs.
     pub vcpus: u32,
+    /// Entries of each vCPU's dirty ring, if it is to have one.
+    pub dirty_ring_size: Option<u32>,
     /// What the guest's clock does while it comes from another host.
     pub guest_clock: arch::GuestClock,
     /// What to boot.
@@ -152,7 +154,7 @@ impl Machine {
         events: EventSender,
         requests: &Sender<Request>,
     ) -> Result<Self, Error> {
-        let vm = Arc::new(Vm::new()?);
+        let vm = Arc::new(Vm::new(config.dirty_ring_size)?);
         let ram = GuestRam::new(&arch::ram_layout(config.ram_size)?)?;
         ram.register(&vm)?;
 

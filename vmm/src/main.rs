@@ -56,6 +56,7 @@ fn run(args: Args) -> Result<()> {
     let config = Config {
         ram_size: args.memory.0,
         vcpus: args.cpus,
+        dirty_ring_size: args.dirty_ring_size,
         guest_clock: args.guest_clock.0,
         program: args.program(),
         incoming: args.incoming.is_some(),

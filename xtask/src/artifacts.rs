@@ -59,6 +59,8 @@ pub(crate) struct Artifacts {
     pub(crate) host: PathBuf,
     /// What measures the monitor by itself, `bench-boot`.
     pub(crate) bench_boot: PathBuf,
+    /// What measures the last look at a dirty log, `bench-dirty-log`.
+    pub(crate) bench_dirty_log: PathBuf,
     /// What measures dark times, `bench-downtime`.
     pub(crate) bench_downtime: PathBuf,
     /// What holds predictions of downtimes against what came, `bench-prediction`.
@@ -124,6 +126,7 @@ pub(crate) fn build(platform: Platform) -> Result<Artifacts> {
         scenario: program("blackout-scenario")?,
         host: program("blackout-host")?,
         bench_boot: program("bench-boot")?,
+        bench_dirty_log: program("bench-dirty-log")?,
         bench_downtime: program("bench-downtime")?,
         bench_prediction: program("bench-prediction")?,
         bench_overhead: program("bench-overhead")?,

@@ -2,6 +2,7 @@
 
 mod boot;
 mod compare;
+mod dirty_log;
 mod downtime;
 mod gate;
 mod gic;
@@ -31,6 +32,8 @@ enum What {
     Throughput(throughput::Arguments),
     /// How well a monitor predicts the downtime, and whether it keeps to its limit.
     Prediction(prediction::Arguments),
+    /// What the last look at what a guest wrote costs, by the guest's size, on this machine.
+    DirtyLog(dirty_log::Arguments),
     /// Whether the gate that counts instructions flakes or misses, in the arm64 testbed.
     Gate(gate::Arguments),
     /// The state of the GIC by the number of vCPUs, in instructions, in the arm64 testbed.
@@ -48,6 +51,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
         What::Downtime(arguments) => downtime::run(arguments),
         What::Throughput(arguments) => throughput::run(arguments),
         What::Prediction(arguments) => prediction::run(arguments),
+        What::DirtyLog(arguments) => dirty_log::run(arguments),
         What::Gate(arguments) => gate::run(arguments),
         What::Gic(arguments) => gic::run(arguments),
         What::Overhead(arguments) => overhead::run(arguments),

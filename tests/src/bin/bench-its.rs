@@ -174,6 +174,7 @@ impl Guest {
         let config = Config {
             ram_size: arguments.memory << 20,
             vcpus: arguments.cpus,
+            dirty_ring_size: None,
             incoming: false,
             guest_clock: vmm::arch::GUEST_CLOCK,
             program: payload.map(Program::Payload),
@@ -253,7 +254,7 @@ struct Stops {
 impl Stops {
     /// Stops the machine as a migration would, then makes the handlers' ioctls again, alone.
     fn stop(&mut self, machine: &mut Machine) -> Result<()> {
-        let dirty = machine.ram().dirty(machine.vm())?;
+        let dirty = machine.ram().dirty(machine.vm(), true)?;
         machine.ram().protect(machine.vm(), &dirty)?;
         let log = SpanLog::open();
         vm_stop(machine, RunState::Paused, false)?;

@@ -6,6 +6,7 @@
 #![allow(unsafe_code)]
 
 mod device;
+mod dirty_ring;
 mod irq;
 mod vcpu;
 mod vm;
@@ -18,6 +19,7 @@ mod x86_64;
 #[cfg(target_arch = "aarch64")]
 pub use aarch64::{REGISTER_MAX, VcpuEvents, VcpuInit, counter_frequency, register_size};
 pub use device::Device;
+pub use dirty_ring::{DirtyPage, DirtyRings};
 pub use irq::MsiRoute;
 pub use vcpu::{Exit, Kick, Vcpu};
 pub use vm::{Capability, Slot, Vm};

@@ -5,7 +5,7 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use kvm_ioctls::VcpuFd;
 
-use super::{Error, Result};
+use super::{DirtyRings, Error, Result};
 
 /// Why `KVM_RUN` returned; the slices lie in the vCPU's `kvm_run` page.
 pub use kvm_ioctls::VcpuExit as Exit;
@@ -15,11 +15,22 @@ pub use kvm_ioctls::VcpuExit as Exit;
 pub struct Vcpu {
     pub(super) fd: VcpuFd,
     index: u64,
+    dirty_rings: Option<Arc<DirtyRings>>,
 }
 
 impl Vcpu {
-    pub(super) fn new(fd: VcpuFd, index: u64) -> Self {
-        Vcpu { fd, index }
+    pub(super) fn new(fd: VcpuFd, index: u64, dirty_rings: Option<Arc<DirtyRings>>) -> Self {
+        Vcpu {
+            fd,
+            index,
+            dirty_rings,
+        }
+    }
+
+    /// The rings that have what it writes, if there are any. After an exit because one
+    /// is full (`KVM_EXIT_DIRTY_RING_FULL`) they have to be emptied.
+    pub fn dirty_rings(&self) -> Option<Arc<DirtyRings>> {
+        self.dirty_rings.clone()
     }
 
     /// The number that it was created with.

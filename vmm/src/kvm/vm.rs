@@ -1,6 +1,7 @@
 //! `/dev/kvm` and the VM's file descriptor.
 
 use std::ffi::c_void;
+use std::sync::Arc;
 
 use kvm_bindings::{
     KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2, KVM_CREATE_DEVICE_TEST, KVM_DIRTY_LOG_INITIALLY_SET,
@@ -13,7 +14,7 @@ use vmm_sys_util::errno;
 use vmm_sys_util::ioctl::ioctl_with_ref;
 use vmm_sys_util::ioctl_iowr_nr;
 
-use super::{Device, Error, Result, Vcpu};
+use super::{Device, DirtyRings, Error, Result, Vcpu, dirty_ring};
 
 /// A capability, as `KVM_CHECK_EXTENSION` knows it.
 pub use kvm_ioctls::Cap as Capability;
@@ -22,7 +23,7 @@ pub use kvm_ioctls::Cap as Capability;
 ioctl_iowr_nr!(KVM_CLEAR_DIRTY_LOG, KVMIO, 0xc0, kvm_clear_dirty_log);
 
 /// Bytes of the pages that a dirty log has bits for, on both architectures.
-const LOGGED_PAGE: u64 = 4096;
+pub(super) const LOGGED_PAGE: u64 = 4096;
 
 /// What a dirty log is to be: protected by hand, and at first with every page set.
 const BY_HAND: u32 = KVM_DIRTY_LOG_MANUAL_PROTECT_ENABLE | KVM_DIRTY_LOG_INITIALLY_SET;
@@ -46,20 +47,36 @@ pub struct Vm {
     pub(super) kvm: Kvm,
     pub(super) fd: VmFd,
     by_hand: bool,
+    dirty_rings: Option<Arc<DirtyRings>>,
 }
 
 impl Vm {
-    /// Opens `/dev/kvm` and creates a VM of the default type.
+    /// Opens `/dev/kvm` and creates a VM of the default type, whose vCPUs have dirty rings of so many
+    /// entries if there is a number.
     ///
     /// # Errors
-    /// `ENOENT` or `EACCES` when `/dev/kvm` can't be opened.
-    pub fn new() -> Result<Self> {
+    /// `ENOENT` or `EACCES` when `/dev/kvm` can't be opened, and as [`DirtyRings::enable`].
+    pub fn new(dirty_ring_size: Option<u32>) -> Result<Self> {
         let kvm = Kvm::new().map_err(|e| Error::new("open", "/dev/kvm", e))?;
         let fd = kvm
             .create_vm()
             .map_err(|e| Error::new("KVM_CREATE_VM", "", e))?;
-        let by_hand = protect_by_hand(&fd)?;
-        Ok(Vm { kvm, fd, by_hand })
+        let entries = dirty_ring_size;
+        let dirty_rings = entries.map(|entries| DirtyRings::enable(&fd, entries).map(Arc::new));
+        let dirty_rings = dirty_rings.transpose()?;
+        // Pages of a ring are protected when it is reset, which a log that starts full would miss.
+        let by_hand = dirty_rings.is_none() && protect_by_hand(&fd)?;
+        Ok(Vm {
+            kvm,
+            fd,
+            by_hand,
+            dirty_rings,
+        })
+    }
+
+    /// The rings that have what vCPUs write, instead of the dirty log, if there are any.
+    pub fn dirty_rings(&self) -> Option<&DirtyRings> {
+        self.dirty_rings.as_deref()
     }
 
     /// Whether `KVM_GET_DIRTY_LOG` protects nothing, and [`Vm::clear_dirty_log`] is there for that. The
@@ -72,6 +89,11 @@ impl Vm {
     /// capability defines.
     pub fn check_extension(&self, cap: Cap) -> i32 {
         self.fd.check_extension_int(cap)
+    }
+
+    /// How many entries a dirty ring can have here; 0 when there are none.
+    pub fn dirty_ring_max(&self) -> u32 {
+        dirty_ring::supported(&self.fd).map_or(0, |(_, entries)| entries)
     }
 
     /// `KVM_SET_USER_MEMORY_REGION` for `slot`, with the dirty log on or off. Calling it again for
@@ -139,7 +161,10 @@ impl Vm {
             .fd
             .create_vcpu(index)
             .map_err(|e| Error::new("KVM_CREATE_VCPU", format!("vCPU {index}"), e))?;
-        Ok(Vcpu::new(fd, index))
+        if let Some(rings) = &self.dirty_rings {
+            rings.add(&fd, index)?;
+        }
+        Ok(Vcpu::new(fd, index, self.dirty_rings.clone()))
     }
 
     /// `KVM_CAP_MAX_VCPUS`: how many vCPUs a VM can have here.

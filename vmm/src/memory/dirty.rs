@@ -1,9 +1,10 @@
 //! The dirty log: which pages of guest RAM were written.
 //!
-//! There are two: KVM's, of what the guest writes, and the map's own, of what devices write.
-//! [`GuestRam::dirty`] reads both.
+//! There are two: KVM's, of what the guest writes, and the map's own, of what devices write
+//! (`device_log.rs`). [`GuestRam::dirty`] reads both. KVM's is a bitmap for each slot, or, if the VM was made
+//! with them, a [ring](crate::kvm::DirtyRings) for each vCPU.
 //!
-//! KVM's starts with every page set, where it can (`KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2` with
+//! The bitmap starts with every page set, where it can (`KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2` with
 //! `KVM_DIRTY_LOG_INITIALLY_SET`): a migration begins without write-protecting all of a large guest at
 //! once. A page is protected, and its bit cleared, right before it is sent. So what is written between
 //! the look at the log and the sending is not sent twice, and the last look, with the guest stopped,
@@ -12,37 +13,68 @@
 use vm_memory::GuestMemoryBackend;
 
 use super::{Error, GuestRam, PAGE_SIZE, PageRun};
-use crate::kvm::{Slot, Vm};
+use crate::kvm::{DirtyPage, Slot, Vm};
 
 impl GuestRam {
     /// Switches the dirty log of every slot. Switched on, it has every page until that is
     /// [protected](GuestRam::protect), or none where KVM can't do that. What devices write is logged at
     /// all times: that costs them less than to ask.
     pub fn set_dirty_log(&self, vm: &Vm, on: bool) -> Result<(), Error> {
+        if let Some(rings) = vm.dirty_rings().filter(|_| on) {
+            // What is left of the last time, while nothing is added.
+            rings.clear()?;
+        }
         for slot in self.slots.iter() {
             // SAFETY: the mapping of `slot` is `self.mem`'s, which machine.rs keeps alive as long
             // as the VM; it is only ever reached through vm-memory's volatile accesses.
             unsafe { vm.set_memory_slot(slot, on) }?;
         }
         for region in self.mem.iter().filter(|_| on) {
-            region.get_mmap().bitmap().reset();
+            region.get_mmap().bitmap().take();
         }
         Ok(())
     }
 
     /// The pages written since they were protected last, in address order. Where KVM protects by itself,
     /// since the last call: the log is clear afterwards. What devices wrote is told once.
-    pub fn dirty(&self, vm: &Vm) -> Result<Vec<PageRun>, Error> {
+    ///
+    /// If the VM has dirty rings, what KVM writes by itself, which it does when devices are saved, comes
+    /// when the guest is `stopped`.
+    pub fn dirty(&self, vm: &Vm, stopped: bool) -> Result<Vec<PageRun>, Error> {
         let mut runs = Vec::new();
-        for (slot, region) in self.slots.iter().zip(self.mem.iter()) {
-            let mut pages = vm.dirty_log(slot)?;
-            let by_devices = region.get_mmap().bitmap().get_and_reset();
-            for (all, word) in pages.iter_mut().zip(by_devices) {
-                *all |= word;
+        if vm
+            .dirty_rings()
+            .is_none_or(|rings| rings.with_log() && stopped)
+        {
+            for slot in self.slots.iter() {
+                let bitmap = vm.dirty_log(slot)?;
+                push_runs(&mut runs, slot.gpa, slot.size / PAGE_SIZE, &bitmap);
             }
-            push_runs(&mut runs, slot.gpa, slot.size / PAGE_SIZE, &pages);
         }
-        Ok(runs)
+        let mut more = match vm.dirty_rings() {
+            Some(rings) => self.ring_runs(&rings.take()?),
+            None => Vec::new(),
+        };
+        for (slot, region) in self.slots.iter().zip(self.mem.iter()) {
+            let by_devices = region.get_mmap().bitmap().take();
+            more.extend(by_devices.into_iter().map(|page| run(slot, page)));
+        }
+        Ok(match more.is_empty() {
+            true => runs,
+            false => merge(runs, more),
+        })
+    }
+
+    /// Pages of rings, those that there are: the kernel's word is not taken for it.
+    fn ring_runs(&self, pages: &[DirtyPage]) -> Vec<PageRun> {
+        let slot = |id: u32| self.slots.iter().find(|slot| slot.id == id);
+        let known = pages
+            .iter()
+            .filter_map(|&(id, page)| Some((slot(id)?, page)));
+        known
+            .filter(|(slot, page)| *page < slot.size / PAGE_SIZE)
+            .map(|(slot, page)| run(slot, page))
+            .collect()
     }
 
     /// Clears the log of these pages, which are in address order: it says of each whether it is written
@@ -60,6 +92,32 @@ impl GuestRam {
         }
         Ok(())
     }
+}
+
+/// One page of a slot.
+fn run(slot: &Slot, page: u64) -> PageRun {
+    PageRun {
+        gpa: slot.gpa + page * PAGE_SIZE,
+        pages: 1,
+    }
+}
+
+/// The pages of both lists, each once, in address order.
+pub fn merge(mut runs: Vec<PageRun>, more: Vec<PageRun>) -> Vec<PageRun> {
+    runs.extend(more);
+    runs.sort_unstable_by_key(|run| run.gpa);
+    let mut merged: Vec<PageRun> = Vec::with_capacity(runs.len());
+    for run in runs {
+        let end = run.gpa + run.pages * PAGE_SIZE;
+        match merged.last_mut() {
+            Some(last) if run.gpa <= last.gpa + last.pages * PAGE_SIZE => {
+                let pages = end.saturating_sub(last.gpa) / PAGE_SIZE;
+                last.pages = last.pages.max(pages);
+            }
+            _ => merged.push(run),
+        }
+    }
+    merged
 }
 
 /// The part of a run that lies in `slot`, as pages of it: the first, and one past the last.
@@ -169,5 +227,31 @@ mod tests {
         assert_eq!(clip(0x10_f000, 9), Some((15, 16)));
         assert_eq!(clip(0x11_0000, 1), None);
         assert_eq!(clip(0xf_0000, 16), None);
+    }
+
+    #[test]
+    fn a_page_that_is_dirty_twice_is_sent_once() {
+        let cases: [(&[_], &[_], &[_]); 5] = [
+            (&[], &[], &[]),
+            (&[(1, 2)], &[], &[(1, 2)]),
+            (
+                &[(1, 2), (9, 1)],
+                &[(3, 1), (5, 2)],
+                &[(1, 3), (5, 2), (9, 1)],
+            ),
+            (&[(1, 8)], &[(2, 1), (8, 4)], &[(1, 11)]),
+            (&[(4, 1)], &[(4, 1)], &[(4, 1)]),
+        ];
+        for (first, second, merged) in cases {
+            assert_eq!(merge(list(first), list(second)), list(merged));
+        }
+    }
+
+    fn list(runs: &[(u64, u64)]) -> Vec<PageRun> {
+        let run = |&(page, pages)| PageRun {
+            gpa: page * PAGE_SIZE,
+            pages,
+        };
+        runs.iter().map(run).collect()
     }
 }

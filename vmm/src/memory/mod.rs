@@ -8,6 +8,7 @@
 //! Which pages were written is `dirty.rs`'s business.
 #![allow(unsafe_code)]
 
+mod device_log;
 mod dirty;
 pub mod handover;
 pub mod ring;
@@ -27,7 +28,7 @@ use nix::sys::memfd::{MFdFlags, memfd_create};
 use nix::sys::mman::{MmapAdvise, madvise};
 use nix::unistd::{Whence, lseek};
 use rustix::fs::{SealFlags, fcntl_add_seals};
-use vm_memory::bitmap::{AtomicBitmap, Bitmap};
+use vm_memory::bitmap::Bitmap;
 use vm_memory::mmap::FromRangesError;
 use vm_memory::{
     Bytes, FileOffset, GuestAddress, GuestMemoryBackend, GuestMemoryError, GuestMemoryMmap,
@@ -36,9 +37,11 @@ use vm_memory::{
 
 use crate::kvm::{self, Slot, Vm};
 use crate::probes::Errno;
+pub use device_log::DeviceLog;
+pub use dirty::merge;
 
 /// The mapping of guest RAM, with the log of what devices write.
-pub type RamMap = GuestMemoryMmap<AtomicBitmap>;
+pub type RamMap = GuestMemoryMmap<DeviceLog>;
 
 /// The page size of every dirty log and of the migration stream. Both architectures run 4 KiB.
 pub const PAGE_SIZE: u64 = 4096;
@@ -94,6 +97,14 @@ pub enum Error {
     /// A slot or its log.
     #[error(transparent)]
     Kvm(#[from] kvm::Error),
+}
+
+impl Error {
+    /// What begins at `gpa` is not RAM.
+    pub(crate) fn outside(gpa: u64, len: usize) -> Self {
+        let source = GuestMemoryError::InvalidGuestAddress(GuestAddress(gpa));
+        Error::Access { gpa, len, source }
+    }
 }
 
 impl Errno for Error {
@@ -221,8 +232,7 @@ impl GuestRam {
         let len = buf.len();
         let at = GuestAddress(gpa);
         if !self.mem.check_range(at, len) {
-            let source = GuestMemoryError::InvalidGuestAddress(at);
-            return Err(Error::Access { gpa, len, source });
+            return Err(Error::outside(gpa, len));
         }
         self.mem
             .write_slice(buf, at)
@@ -238,8 +248,7 @@ impl GuestRam {
         let len = pages.len();
         let mut at = GuestAddress(gpa);
         if !self.mem.check_range(at, len) {
-            let source = GuestMemoryError::InvalidGuestAddress(at);
-            return Err(Error::Access { gpa, len, source });
+            return Err(Error::outside(gpa, len));
         }
         while !pages.is_empty() {
             let found = self.mem.to_region_addr(at);
@@ -248,8 +257,7 @@ impl GuestRam {
                 Some((region.file_offset()?, offset.0, left))
             });
             let Some((file, offset, left)) = file else {
-                let source = GuestMemoryError::InvalidGuestAddress(at);
-                return Err(Error::Access { gpa, len, source });
+                return Err(Error::outside(gpa, len));
             };
             let part = pages.get(..left).unwrap_or(pages);
             let written = file.file().write_all_at(part, file.start() + offset);
@@ -267,9 +275,8 @@ impl GuestRam {
         while left > 0 {
             let at = GuestAddress(gpa);
             let Some((region, offset)) = self.mem.to_region_addr(at) else {
-                let source = GuestMemoryError::InvalidGuestAddress(at);
                 let len = usize::try_from(left).unwrap_or(usize::MAX);
-                return Err(Error::Access { gpa, len, source });
+                return Err(Error::outside(gpa, len));
             };
             let len = left.min(region.len() - offset.0);
             punch(region.file_offset(), offset.0, len)
@@ -311,7 +318,7 @@ impl GuestRam {
 
 /// Asks for huge pages, where the kernel gives them to memfds on request: a guest that arrives is
 /// mapped in a five-hundredth of the page faults, and runs with fewer TLB misses.
-fn advise_huge_pages(region: &GuestRegionMmap<AtomicBitmap>) {
+fn advise_huge_pages(region: &GuestRegionMmap<DeviceLog>) {
     let Some(start) = NonNull::new(region.as_ptr().cast()) else {
         return;
     };

@@ -222,8 +222,10 @@ mod tests {
 
     fn dirty(ram: &GuestRam) -> Vec<usize> {
         let regions = ram.mem().iter();
-        let maps = regions.map(|region| region.get_mmap().bitmap().get_and_reset());
-        maps.map(|map| map[0] as usize).collect()
+        let pages = regions.map(|region| region.get_mmap().bitmap().take());
+        pages
+            .map(|pages| pages.iter().map(|page| 1 << page).sum())
+            .collect()
     }
 
     #[test]

@@ -13,7 +13,7 @@ use super::precopy::{Rest, bytes};
 use super::settings::Capability;
 use super::status::MigrationStatus;
 use super::vm::SourceVm;
-use crate::memory::{PAGE_SIZE, PageRun};
+use crate::memory::merge;
 use crate::probes::{self, Guarded};
 use crate::runstate::RunState;
 
@@ -194,54 +194,4 @@ fn hand_over(
         board.update_ram(|ram| ram.transferred = link.loaded_bytes());
         finished
     })
-}
-
-/// The pages of both lists, each once, in address order.
-fn merge(mut runs: Vec<PageRun>, more: Vec<PageRun>) -> Vec<PageRun> {
-    runs.extend(more);
-    runs.sort_unstable_by_key(|run| run.gpa);
-    let mut merged: Vec<PageRun> = Vec::with_capacity(runs.len());
-    for run in runs {
-        let end = run.gpa + run.pages * PAGE_SIZE;
-        match merged.last_mut() {
-            Some(last) if run.gpa <= last.gpa + last.pages * PAGE_SIZE => {
-                let pages = end.saturating_sub(last.gpa) / PAGE_SIZE;
-                last.pages = last.pages.max(pages);
-            }
-            _ => merged.push(run),
-        }
-    }
-    merged
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    fn runs(runs: &[(u64, u64)]) -> Vec<PageRun> {
-        runs.iter()
-            .map(|&(page, pages)| PageRun {
-                gpa: page * PAGE_SIZE,
-                pages,
-            })
-            .collect()
-    }
-
-    #[test]
-    fn a_page_that_is_dirty_twice_is_sent_once() {
-        let cases: [(&[_], &[_], &[_]); 5] = [
-            (&[], &[], &[]),
-            (&[(1, 2)], &[], &[(1, 2)]),
-            (
-                &[(1, 2), (9, 1)],
-                &[(3, 1), (5, 2)],
-                &[(1, 3), (5, 2), (9, 1)],
-            ),
-            (&[(1, 8)], &[(2, 1), (8, 4)], &[(1, 11)]),
-            (&[(4, 1)], &[(4, 1)], &[(4, 1)]),
-        ];
-        for (first, second, merged) in cases {
-            assert_eq!(merge(runs(first), runs(second)), runs(merged));
-        }
-    }
 }

@@ -135,7 +135,8 @@ impl SourceVm for SharedMachine {
 
     fn dirty(&self) -> Result<Vec<PageRun>, memory::Error> {
         let machine = lock(self);
-        machine.ram().dirty(machine.vm())
+        let stopped = !machine.run_state().is_running();
+        machine.ram().dirty(machine.vm(), stopped)
     }
 
     fn protect(&self, runs: &[PageRun]) -> Result<(), memory::Error> {

@@ -2,11 +2,11 @@
 
 use std::sync::{Arc, Mutex, PoisonError};
 
-use kvm_bindings::{KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN};
+use kvm_bindings::{KVM_EXIT_DIRTY_RING_FULL, KVM_SYSTEM_EVENT_RESET, KVM_SYSTEM_EVENT_SHUTDOWN};
 
 use super::pause::{Gate, Want};
 use crate::devices::bus::Bus;
-use crate::kvm::{Exit, Kick, Vcpu};
+use crate::kvm::{self, Exit, Kick, Vcpu};
 use crate::probes::{self, Errno};
 use crate::runstate::{GuestRequests, Request};
 use crate::spanlog::monotonic_ns;
@@ -70,20 +70,27 @@ impl Runner {
             self.kick.set();
         }
         let mut request = None;
+        let rings = vcpu.dirty_rings();
         loop {
             match vcpu.run() {
+                Ok(Exit::Unsupported(KVM_EXIT_DIRTY_RING_FULL)) => {
+                    let collected = rings.as_ref().map_or(Ok(()), |rings| rings.collect());
+                    request = collected.err().map(internal_error).or(request);
+                }
                 Ok(exit) => request = settle(exit, &self.buses).or(request),
                 Err(error) if error.errno() == libc::EINTR => return request,
                 Err(error) if error.errno() == libc::EAGAIN => {}
-                Err(error) => {
-                    return Some(Request::InternalError(format!("{error}: {}", error.source)));
-                }
+                Err(error) => return Some(internal_error(error)),
             }
             if request.is_some() {
                 self.kick.set();
             }
         }
     }
+}
+
+fn internal_error(error: kvm::Error) -> Request {
+    Request::InternalError(format!("{error}: {}", error.source))
 }
 
 /// Lets a device answer an exit, or says what the main loop has to do.
