@@ -1,6 +1,7 @@
 //! Guests that go into files, through commands, and through what a client passed.
 
 use std::fs;
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
 
@@ -61,6 +62,60 @@ fn a_guest_is_restored_from_a_file_as_often_as_one_likes() -> Result<()> {
     Ok(())
 }
 
+/// A guest whose pages have places of their own in the file, however often they are written.
+#[test]
+fn a_guest_is_restored_from_a_file_that_is_no_longer_than_it() -> Result<()> {
+    const RAM: u64 = 64 << 20;
+    let mut source = Running::boot(&options())?;
+    mapped(&mut source.vmm)?;
+    let path = source.vmm.dir().join("guest");
+    let uri = format!("file:{},offset=4k", path.display());
+    // It can't be stopped before it has dirtied its pages a few times.
+    let qmp = &mut source.vmm.qmp;
+    let slow = json!({ "max-bandwidth": 20_000_000, "downtime-limit": 10 });
+    qmp.execute("migrate-set-parameters", slow)?;
+    qmp.execute("migrate", json!({ "uri": uri }))?;
+    let rounds = |answer: &Value| answer["ram"]["dirty-sync-count"].as_u64();
+    while rounds(&qmp.execute("query-migrate", Value::Null)?) < Some(5) {}
+    qmp.execute("migrate-set-parameters", json!({ "downtime-limit": 300 }))?;
+    let answer = qmp.wait_migrated(LIMIT)?;
+    ensure!(answer["status"] == "completed", "{answer}");
+    let saved = source.guest.counter(0);
+    let file = fs::metadata(&path)?;
+    ensure!(
+        file.len() < RAM + (3 << 20),
+        "the file has {} bytes",
+        file.len()
+    );
+    let used = file.blocks() * 512;
+    ensure!(
+        used < RAM / 2,
+        "{used} bytes for a guest that wrote a few MiB"
+    );
+
+    let mut first = restore(&uri, saved)?;
+    mapped(&mut first.vmm)?;
+    let again = format!("file:{}", source.vmm.dir().join("again").display());
+    let saved_again = save(&mut first, &again)?;
+    restore(&again, saved_again)?;
+    restore(&uri, saved)?;
+
+    let elsewhere = json!({ "uri": "tcp:127.0.0.1:9" });
+    let error = source.vmm.qmp.expect_error("migrate", elsewhere)?;
+    ensure!(
+        error.desc == "Migration requires seekable transport (e.g. file)",
+        "{error}"
+    );
+    Ok(())
+}
+
+fn mapped(vmm: &mut Vmm) -> Result<()> {
+    let on = json!([{ "capability": "mapped-ram", "state": true }]);
+    let capabilities = json!({ "capabilities": on });
+    vmm.qmp.execute("migrate-set-capabilities", capabilities)?;
+    Ok(())
+}
+
 #[test]
 fn a_guest_goes_through_commands() -> Result<()> {
     let mut source = Running::boot(&options())?;
@@ -100,7 +155,17 @@ fn a_guest_goes_over_a_socket_that_was_passed() -> Result<()> {
 
 #[test]
 fn a_disk_that_is_full_lets_the_guest_run_on() -> Result<()> {
+    full_disk(Running::boot(&options())?)
+}
+
+#[test]
+fn a_disk_that_is_full_has_no_place_for_pages_and_lets_the_guest_run_on() -> Result<()> {
     let mut source = Running::boot(&options())?;
+    mapped(&mut source.vmm)?;
+    full_disk(source)
+}
+
+fn full_disk(mut source: Running) -> Result<()> {
     let small = source.vmm.dir().join("small");
     let Some(_mounted) = Mounted::new(&small, "size=1m")? else {
         skip!("this user can't mount a file system");

@@ -4,7 +4,7 @@
 
 use blackout_vmm_fuzz::Input;
 use libfuzzer_sys::fuzz_target;
-use vmm::migration::fuzz::{Step, take_in, take_in_lanes};
+use vmm::migration::fuzz::{Step, take_in, take_in_file, take_in_lanes};
 use vmm_sys_util::signal::register_signal_handler;
 
 // Rust's own start of a program does this, and libFuzzer's does not: who writes to a peer that is gone
@@ -42,8 +42,15 @@ fuzz_target!(init: {
         let half = steps.split_off(steps.len() / 2);
         return take_in_lanes(&[steps, half], &pages);
     }
+    if how & 0x82 == 0x82 {
+        let at = u64::from(how >> 3 & 3) << 12;
+        return take_in_file(if how & 1 == 1 { at } else { u64::MAX - at }, &steps);
+    }
     take_in(how & 1 == 1, how & 2 == 0, (how >> 3) / 8, &steps);
 });
+
+/// CRC-32C of a page of zeroes.
+const ZEROES: [u8; 4] = 0x98f9_4189_u32.to_le_bytes();
 
 /// The next bytes, as many as the first of them says.
 fn take(input: &mut Input<'_>) -> Vec<u8> {
@@ -59,10 +66,13 @@ fn pages(input: &mut Input<'_>) -> Vec<u8> {
         let [page, count, content, fill] = input.bytes();
         payload.extend((u64::from(page) * 4096).to_le_bytes());
         payload.extend(u32::from(count).to_le_bytes());
-        payload.extend(u32::from(content % 3).to_le_bytes());
-        if content % 3 == 1 {
-            let length = usize::from(count % 4) * 4096;
-            payload.resize(payload.len() + length, fill);
+        payload.extend(u32::from(content % 4).to_le_bytes());
+        match content % 4 {
+            1 => payload.resize(payload.len() + usize::from(count % 4) * 4096, fill),
+            // The checksum of a page of zeroes, or of none.
+            2 if fill < 200 => (0..count).for_each(|_| payload.extend(ZEROES)),
+            2 => payload.resize(payload.len() + usize::from(count) * 4, fill),
+            _ => {}
         }
     }
     payload

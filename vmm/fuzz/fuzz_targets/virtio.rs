@@ -69,7 +69,9 @@ fuzz_target!(|data: &[u8]| {
             }
             2 => {
                 let (place, head) = (u64::from(input.byte() & 15), input.word());
-                let _ = machine.ram.write(base + AVAIL + 4 + 2 * place, &head.to_le_bytes());
+                let _ = machine
+                    .ram
+                    .write(base + AVAIL + 4 + 2 * place, &head.to_le_bytes());
             }
             3 => {
                 let index = input.word().to_le_bytes();

@@ -10,10 +10,12 @@ use std::time::Duration;
 use super::oneway::{FinishError, OneWay};
 use super::stream::Error;
 use super::stream::frame::{Frame, Kind};
+use super::stream::mapped::Place;
 use super::stream::message::{Alive, Failure, Message};
 use super::stream::reader::FrameReader;
 use super::stream::writer::FrameWriter;
 use super::wire::{FAREWELL, Wire};
+use crate::memory::GuestRam;
 use crate::spanlog::SpanRecord;
 
 /// How long to wait for the other side, and how to make it wait.
@@ -93,6 +95,17 @@ impl Channel {
     /// All was sent, and there is no way back: makes sure that it was taken, as far as one can know.
     pub(super) fn finish(&self) -> Result<(), FinishError> {
         self.wire.one_way().map_or(Ok(()), OneWay::finish)
+    }
+
+    /// Sets a part of the file aside, from `at` bytes behind the start of the stream on, for `ram`.
+    ///
+    /// # Errors
+    /// When there is no file, or no place like that in it.
+    pub(super) fn set_aside(&mut self, at: u64, ram: &GuestRam) -> io::Result<Place> {
+        let way = self.wire.one_way().ok_or(io::ErrorKind::NotSeekable)?;
+        let (file, at) = way.set_aside(at, ram.size())?;
+        self.reader.skip_what_was_read_ahead();
+        Ok(Place::new(file, at, ram))
     }
 
     /// Takes back what was sent. Says whether that was possible.

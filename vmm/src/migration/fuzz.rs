@@ -1,13 +1,16 @@
 //! The destination's side of a migration, for the fuzz target `incoming`: a made-up VM that takes in
 //! whatever comes. Compiled for fuzzing only.
 
+use std::fs::File;
 use std::io::Write;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::FileExt;
 use std::os::unix::net::UnixStream;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Duration;
 
+use nix::sys::memfd::{MFdFlags, memfd_create};
 use socket2::Socket;
 
 use super::board::Board;
@@ -103,17 +106,51 @@ pub fn take_in(answered: bool, greet: bool, lanes: u8, steps: &[Step]) {
     let (mut here, there) = UnixStream::pair().expect("a connection");
     // Nobody reads yet: what does not fit the buffer is cut off.
     here.set_nonblocking(true).expect("a socket");
-    let _ = here.write_all(&stream(&sink.shape(), answered, greet, lanes, steps));
+    let terms = Terms {
+        answered,
+        shared: false,
+        lanes,
+        mapped: None,
+    };
+    let _ = here.write_all(&frames(greeting(&sink.shape(), terms, greet), steps));
     let _ = here.shutdown(std::net::Shutdown::Write);
+    take_in_from(&sink, OwnedFd::from(there), steps);
+}
 
+/// Takes in a file whose pages have places of their own, `at` bytes behind its start.
+pub fn take_in_file(at: u64, steps: &[Step]) {
+    let ram = GuestRam::new(&[(0, PAGES * PAGE_SIZE)]).expect("RAM");
+    let ran = AtomicBool::new(false);
+    let sink = Sink { ram, ran };
+    let terms = Terms {
+        answered: false,
+        shared: false,
+        lanes: 0,
+        mapped: Some(at),
+    };
+    let name = c"blackout-fuzz";
+    let file = memfd_create(name, MFdFlags::MFD_CLOEXEC).expect("a file");
+    let file = File::from(file);
+    let mut frames = frames(greeting(&sink.shape(), terms, true), steps);
+    let rest = frames.split_off(greeting(&sink.shape(), terms, true).into_inner().len());
+    // Where there can be no file, there is none.
+    let _ = file.write_all_at(&frames, 0);
+    let behind = at.saturating_add(PAGES * PAGE_SIZE);
+    if behind < 1 << 20 {
+        let _ = file.write_all_at(&rest, behind);
+    }
+    take_in_from(&sink, OwnedFd::from(file), steps);
+}
+
+fn take_in_from(sink: &Sink, there: OwnedFd, steps: &[Step]) {
     let mut descriptors = Descriptors::default();
-    descriptors.pass(OwnedFd::from(there));
+    descriptors.pass(there);
     descriptors.name("fuzz".to_owned()).expect("a name");
     let uri = Uri::Fd("fuzz".to_owned());
     let listener = Listener::bind(&uri, &mut descriptors, Plaintext::Refused).expect("a listener");
     let board = Board::new(EventSender::new(drop), Arc::default());
     assert!(board.begin(Side::Destination, uri.to_string(), None));
-    incoming::run(&sink, listener, "fd:fuzz", Patience::default(), &board);
+    incoming::run(sink, listener, "fd:fuzz", Patience::default(), &board);
 
     let ended = steps.iter().any(|step| match step {
         Step::End | Step::Raw(_) => true,
@@ -151,18 +188,13 @@ pub fn take_in_lanes(lanes: &[Vec<Step>], rounds: &[u8]) {
     assert_eq!(before, after);
 }
 
-fn stream(shape: &Shape, answered: bool, greet: bool, lanes: u8, steps: &[Step]) -> Vec<u8> {
+fn greeting(shape: &Shape, terms: Terms, greet: bool) -> FrameWriter<Vec<u8>> {
     let mut writer = FrameWriter::new(Vec::new());
     let _ = writer.preface();
-    let terms = Terms {
-        answered,
-        shared: false,
-        lanes,
-    };
     if greet {
         let _ = writer.send(&shape.hello(1, [7; 16], terms));
     }
-    frames(writer, steps)
+    writer
 }
 
 fn frames(mut writer: FrameWriter<Vec<u8>>, steps: &[Step]) -> Vec<u8> {

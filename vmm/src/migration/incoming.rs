@@ -14,6 +14,7 @@ use super::receiver::Receiver;
 use super::status::{MigrationStatus, describe};
 use super::stream;
 use super::stream::header::Mismatch;
+use super::stream::mapped;
 use super::stream::message::{Join, Token};
 use super::tls;
 use super::vm::TargetVm;
@@ -68,6 +69,14 @@ pub(crate) enum Error {
         /// The source's.
         there: u32,
     },
+    /// The source had a file.
+    #[error(
+        "the guest was saved with mapped-ram: it can only be taken in from a file, by 'file:' or 'fd:'"
+    )]
+    NotSeekable(#[source] io::Error),
+    /// The RAM in that file.
+    #[error(transparent)]
+    Mapped(#[from] mapped::Error),
     /// Guest RAM.
     #[error("guest RAM")]
     Memory(#[from] memory::Error),
@@ -100,6 +109,8 @@ impl Errno for Error {
             Error::Mismatch(source) => source.errno(),
             Error::NoWayBack | Error::NoRam => libc::EPROTO,
             Error::Checksum { .. } => libc::EBADMSG,
+            Error::NotSeekable(source) => source.errno(),
+            Error::Mapped(source) => source.errno(),
             Error::Memory(source) => source.errno(),
             Error::LoadDevice { source, .. } => source.errno(),
             Error::Start(source) => source.errno(),

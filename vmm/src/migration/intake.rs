@@ -210,13 +210,14 @@ impl Shared {
                 }
                 state.loading += 1;
             }
-            let loaded = ram::load(&self.ram, frame.payload);
+            let loaded = ram::load(&self.ram, frame.payload, None);
             let tally = {
                 let mut state = self.lock();
                 state.loading -= 1;
                 let (_, tally) = loaded.map_err(|error| match error {
                     LoadError::Malformed(problem) => frame.malformed(problem.to_owned()).into(),
                     LoadError::Memory(source) => LoadAllError::Memory(source),
+                    LoadError::Mapped(source) => frame.malformed(source.to_string()).into(),
                 })?;
                 state.loaded.add(tally);
                 tally

@@ -2,20 +2,21 @@
 //!
 //! Without a way back nothing is acknowledged: what was written counts as loaded.
 
-use std::os::fd::OwnedFd;
 use std::time::Instant;
 
 use super::board::{Board, Cancelled};
 use super::channel::{Channel, Patience};
 use super::clock::{Clock, Sample};
 use super::flow::Flow;
-use super::lanes::{LaneError, Lanes, Round};
+use super::lanes::{Lanes, Round};
 use super::oneway::FinishError;
 use super::pace::{PACE, Pace};
+use super::pages::{self, Pages, SendError};
 use super::status::describe;
 use super::stream::Error;
 use super::stream::frame::Kind;
 use super::stream::header::Shape;
+use super::stream::mapped::Saver;
 use super::stream::message::{
     Commit, Device, End, Join, Learned, Loaded, Message, Ping, Pong, Rehearsal, RoundEnd,
     RoundLoaded, Running, Terms, Token, Welcome,
@@ -25,8 +26,8 @@ use super::vm::SavedDevice;
 use super::wire::Wire;
 use super::work::{self, Batch, Work};
 use crate::costs::Costs;
-use crate::memory::{self, GuestRam, PageRun};
-use crate::probes::{self, Errno};
+use crate::memory::{GuestRam, PageRun};
+use crate::probes;
 use crate::runstate::RunState;
 use crate::spanlog::{SpanRecord, monotonic_ns};
 
@@ -35,34 +36,6 @@ use crate::spanlog::{SpanRecord, monotonic_ns};
 const FRAME_PAGES: u64 = 64;
 /// Clock samples before the first round.
 const CLOCK_SAMPLES: u32 = 8;
-
-/// Pages could not be sent.
-#[derive(Debug, thiserror::Error)]
-pub(crate) enum SendError {
-    /// The stream.
-    #[error(transparent)]
-    Stream(#[from] Error),
-    /// The guest's memory.
-    #[error("reading guest RAM")]
-    Memory(#[from] memory::Error),
-    /// A further connection for pages.
-    #[error(transparent)]
-    Lane(#[from] LaneError),
-    /// A person gave up.
-    #[error(transparent)]
-    Cancelled(#[from] Cancelled),
-}
-
-impl Errno for SendError {
-    fn errno(&self) -> i32 {
-        match self {
-            SendError::Stream(source) => source.errno(),
-            SendError::Memory(source) => source.errno(),
-            SendError::Lane(source) => source.errno(),
-            SendError::Cancelled(_) => libc::ECANCELED,
-        }
-    }
-}
 
 /// Whether `commit` may have left this machine.
 #[derive(Debug)]
@@ -85,6 +58,8 @@ pub(super) struct Link {
     flow: Flow,
     /// Further connections for pages.
     lanes: Lanes,
+    /// The file that pages have places in, if they have.
+    saver: Option<Saver>,
     /// Payload bytes that were loaded from them.
     lane_bytes_loaded: u64,
     /// And that were sent over them.
@@ -96,8 +71,8 @@ pub(super) struct Link {
 }
 
 impl Link {
-    /// Introduces the guest of migration `id` over `wire`. `ram` is passed if its pages are not to be
-    /// sent. The destination waits for so many `lanes` then, which [`Link::add_lane`] adds.
+    /// Introduces the guest of migration `id`, whose memory is `ram`, over `wire`. If `pages` are to go
+    /// over further connections too, the destination waits for [`Link::add_lane`] then.
     ///
     /// # Errors
     /// When the destination can't take the guest: [`Error::Peer`] has its reason.
@@ -106,16 +81,22 @@ impl Link {
         id: u64,
         token: Token,
         shape: &Shape,
-        ram: Option<OwnedFd>,
-        lanes: u8,
+        (ram, pages): (&GuestRam, Pages),
         patience: Patience,
     ) -> Result<Self, Error> {
         let failed = |source| Error::Write { offset: 0, source };
         let mut link = Link {
             terms: Terms {
                 answered: wire.one_way().is_none(),
-                shared: ram.is_some(),
-                lanes,
+                shared: matches!(pages, Pages::Passed(_)),
+                lanes: match pages {
+                    Pages::Sent(lanes) => lanes,
+                    Pages::Passed(_) | Pages::Mapped(_) => 0,
+                },
+                mapped: match pages {
+                    Pages::Mapped(at) => Some(at),
+                    Pages::Sent(_) | Pages::Passed(_) => None,
+                },
             },
             channel: Channel::new(wire, patience).map_err(failed)?,
             clock: Clock::default(),
@@ -123,12 +104,13 @@ impl Link {
             their_token: Token::default(),
             flow: Flow::default(),
             lanes: Lanes::default(),
+            saver: None,
             lane_bytes_loaded: 0,
             lane_bytes_sent: 0,
             rehearsal: Vec::new(),
             commit_ns: 0,
         };
-        let greeted = link.greet(id, shape, ram);
+        let greeted = link.greet(id, shape, ram, pages);
         match greeted.and_then(|()| link.channel.keep_alive().map_err(failed)) {
             Ok(()) => Ok(link),
             Err(error) => {
@@ -138,13 +120,18 @@ impl Link {
         }
     }
 
-    fn greet(&mut self, id: u64, shape: &Shape, ram: Option<OwnedFd>) -> Result<(), Error> {
-        match ram {
-            Some(ram) => self.channel.send_preface_with(&ram)?,
-            None => self.channel.send_preface()?,
+    fn greet(&mut self, id: u64, shape: &Shape, ram: &GuestRam, pages: Pages) -> Result<(), Error> {
+        match &pages {
+            Pages::Passed(memfd) => self.channel.send_preface_with(memfd)?,
+            Pages::Sent(_) | Pages::Mapped(_) => self.channel.send_preface()?,
         }
         self.channel
             .send(&shape.hello(id, self.token, self.terms))?;
+        if let Pages::Mapped(at) = pages {
+            let place = self.channel.set_aside(at, ram);
+            let saver = place.and_then(|place| Saver::new(place, ram));
+            self.saver = Some(saver.map_err(|source| Error::Write { offset: at, source })?);
+        }
         if !self.terms.answered {
             return Ok(());
         }
@@ -244,6 +231,15 @@ impl Link {
         pace: Pace,
         board: &Board,
     ) -> Result<Tally, SendError> {
+        if let Some(saver) = &mut self.saver {
+            let flow = &mut self.flow;
+            let note = |tally| {
+                flow.sent(tally);
+                flow.all_loaded();
+                board.update_ram(|ram| ram.sent(tally, flow.bytes_loaded()));
+            };
+            return pages::save(saver, ram, (zeroes, runs), pace, board, note);
+        }
         let mut work = Work::new(zeroes, runs);
         let pages: u64 = [zeroes, runs].concat().iter().map(|run| run.pages).sum();
         if !self.lanes.is_empty() && pages > FRAME_PAGES {
@@ -311,6 +307,9 @@ impl Link {
 
     /// Ends a round and waits until the destination has loaded all of it.
     pub(super) fn finish_round(&mut self, round: u32, sent: Tally) -> Result<(), Error> {
+        if self.saver.is_some() {
+            return self.channel.sync();
+        }
         let (pages, last, checksum) = (sent.pages, false, None);
         self.channel.send(&RoundEnd {
             round,
@@ -337,9 +336,16 @@ impl Link {
         sent: Tally,
         checksum: Option<u32>,
     ) -> Result<(), Error> {
+        let (round, pages) = match &self.saver {
+            None => (round, sent.pages),
+            Some(saver) => (
+                1,
+                saver.tell(|packer| self.channel.send_ram(packer.frame()))?,
+            ),
+        };
         self.channel.send(&RoundEnd {
             round,
-            pages: sent.pages,
+            pages,
             last: true,
             checksum,
         })

@@ -26,6 +26,7 @@ mod link;
 mod oneway;
 mod outgoing;
 mod pace;
+mod pages;
 mod precopy;
 pub mod predict;
 mod receiver;
@@ -86,6 +87,9 @@ pub enum Error {
     /// The machine has a guest, or part of one that never arrived.
     #[error("a VM that is {} can't take in a migration: start one with '--incoming'", .0.name())]
     NotIncoming(RunState),
+    /// Pages can only have places of their own in a file; QEMU's words.
+    #[error("Migration requires seekable transport (e.g. file)")]
+    NotSeekable,
     /// The address can't be listened on, or the client has no such descriptor.
     #[error(transparent)]
     Listen(#[from] connect::Error),
@@ -114,6 +118,7 @@ impl Errno for Error {
             Error::NotInState(_)
             | Error::Inmigrate
             | Error::Postmigrate
+            | Error::NotSeekable
             | Error::NotIncoming(_) => libc::EINVAL,
             Error::Listen(source) => source.errno(),
             Error::Credentials(source) => source.errno(),
@@ -155,6 +160,7 @@ impl Migrations {
     /// When it can't even be begun.
     pub fn start(&self, uri: &str, descriptors: &mut Descriptors) -> Result<(), Error> {
         let uri = Uri::outgoing(uri)?;
+        self.check_seekable(&uri)?;
         match lock(&self.machine).run_state() {
             RunState::Inmigrate => return Err(Error::Inmigrate),
             RunState::Postmigrate => return Err(Error::Postmigrate),
@@ -182,6 +188,7 @@ impl Migrations {
         let Incoming::Listen(uri) = Incoming::parse(uri)? else {
             return Ok(());
         };
+        self.check_seekable(&uri)?;
         match lock(&self.machine).run_state() {
             RunState::Inmigrate => {}
             other => return Err(Error::NotIncoming(other)),
@@ -201,6 +208,15 @@ impl Migrations {
         let (machine, board) = (Arc::clone(&self.machine), Arc::clone(&self.board));
         let patience = self.parameters.patience;
         self.spawn(move || incoming::run(&machine, listener, &uri.to_string(), patience, &board))
+    }
+
+    /// Whether `uri` may be a file, if it is to be one.
+    fn check_seekable(&self, uri: &Uri) -> Result<(), Error> {
+        let may_be = matches!(uri, Uri::File { .. } | Uri::Fd(_));
+        match self.settings().is_on(Capability::MappedRam) && !may_be {
+            true => Err(Error::NotSeekable),
+            false => Ok(()),
+        }
     }
 
     /// How a migration to or from `uri` is encrypted, if it is to be.

@@ -227,6 +227,32 @@ impl OneWay {
         }
     }
 
+    /// Where a file's stream starts in it; none if this is no file, or one that is only ever added to.
+    pub(super) fn start(&self) -> Option<u64> {
+        let way = self.lock();
+        match (&way.kind, &way.file) {
+            (Kind::File(start), Some(file)) => fcntl_getfl(file)
+                .is_ok_and(|flags| !flags.contains(OFlags::APPEND))
+                .then_some(*start),
+            _ => None,
+        }
+    }
+
+    /// Sets `len` bytes of a file aside, from `at` bytes behind the start of the stream on, which goes on
+    /// behind them. Returns the file, and where in it they are.
+    pub(super) fn set_aside(&self, at: u64, len: u64) -> io::Result<(File, u64)> {
+        let start = self.start().ok_or(io::ErrorKind::NotSeekable)?;
+        let at = start.checked_add(at);
+        let end = at.and_then(|at| at.checked_add(len));
+        let (Some(at), Some(end)) = (at, end) else {
+            return Err(io::ErrorKind::FileTooLarge.into());
+        };
+        let way = self.lock();
+        let mut file = way.file.as_ref().ok_or(io::ErrorKind::BrokenPipe)?;
+        file.seek(SeekFrom::Start(end))?;
+        Ok((file.try_clone()?, at))
+    }
+
     /// Takes back what a file holds, so that nobody takes it for a guest and its room is free. Says
     /// whether that was possible: what went into a pipe is gone.
     ///

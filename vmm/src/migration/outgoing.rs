@@ -10,8 +10,9 @@ use super::clock::Clock;
 use super::commit::{Source, SourceEvent};
 use super::connect::{self, Plaintext, Target};
 use super::lanes::{LaneError, MAX_LANES};
-use super::link::{Link, SendError};
-use super::oneway::FinishError;
+use super::link::Link;
+use super::oneway::{FinishError, OneWay};
+use super::pages::{Pages, SendError};
 use super::precopy;
 use super::predict::{Forecast, Sent};
 use super::settings::{Capability, Mode, Parameter};
@@ -19,6 +20,7 @@ use super::status::{MigrationStatus, describe};
 use super::stop::Stop;
 use super::stream;
 use super::stream::header::Shape;
+use super::stream::mapped::{self, place_behind};
 use super::stream::message::Token;
 use super::tls;
 use super::vm::SourceVm;
@@ -71,6 +73,12 @@ pub(crate) enum Error {
          tls-creds"
     )]
     NotPassing,
+    /// There is no file in which pages could have places of their own.
+    #[error("mapped-ram needs a file that can be written to at any place: '{0}' leads to none")]
+    NotSeekable(String),
+    /// The RAM in that file.
+    #[error(transparent)]
+    Mapped(#[from] mapped::Error),
     /// There can be but one connection.
     #[error("multifd needs an address that can be connected to again: tcp:, tls: or unix:")]
     NoLanes,
@@ -155,6 +163,7 @@ impl From<SendError> for Error {
             SendError::Stream(source) => source.into(),
             SendError::Memory(source) => source.into(),
             SendError::Lane(source) => source.into(),
+            SendError::Mapped(source) => source.into(),
             SendError::Cancelled(cancelled) => cancelled.into(),
         }
     }
@@ -165,6 +174,8 @@ impl Errno for Error {
         match self {
             Error::Connect(source) => source.errno(),
             Error::Tls(source) => source.errno(),
+            Error::NotSeekable(_) => libc::ESPIPE,
+            Error::Mapped(source) => source.errno(),
             Error::NotPassing | Error::NoLanes | Error::TooManyLanes(_) => libc::EINVAL,
             Error::Lane(source) => source.errno(),
             Error::Random(source) => source.errno(),
@@ -300,15 +311,22 @@ fn migration_connect(
         if shared && !wire.passes() {
             return Err(Error::NotPassing);
         }
-        let ram = shared.then(|| vm.ram().share()).transpose()?;
-        let lanes = match board.settings().is_on(Capability::Multifd) && !shared {
-            true => lanes(board)?,
-            false => 0,
+        let ram = vm.ram();
+        let (multifd, mapped) = (Capability::Multifd, Capability::MappedRam);
+        let (pages, lanes) = if shared {
+            (Pages::Passed(ram.share()?), 0)
+        } else if board.settings().is_on(mapped) {
+            let start = wire.one_way().and_then(OneWay::start);
+            let start = start.ok_or_else(|| Error::NotSeekable(uri.clone()))?;
+            (Pages::Mapped(place_behind(start)), 0)
+        } else if board.settings().is_on(multifd) {
+            let lanes = lanes(board)?;
+            again.as_ref().ok_or(Error::NoLanes)?;
+            (Pages::Sent(lanes), lanes)
+        } else {
+            (Pages::Sent(0), 0)
         };
-        if lanes > 0 && again.is_none() {
-            return Err(Error::NoLanes);
-        }
-        let mut link = Link::open(wire.clone(), id, token, shape, ram, lanes, patience)?;
+        let mut link = Link::open(wire.clone(), id, token, shape, (&ram, pages), patience)?;
         let opened = again.map_or(Ok(()), |again| {
             for _ in 0..lanes {
                 link.add_lane(dial(again.again().ok_or(Error::NoLanes)?)?, patience)?;

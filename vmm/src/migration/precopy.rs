@@ -5,9 +5,10 @@ use std::collections::VecDeque;
 
 use super::board::Board;
 use super::converge::{Convergence, Decision};
-use super::link::{Link, SendError};
+use super::link::Link;
 use super::outgoing::{Attempt, Error, Parameters};
 use super::pace::Pace;
+use super::pages::SendError;
 use super::predict::{Fixed, Forecast};
 use super::settings::{Capability, Parameter};
 use super::status::MigrationStatus;

@@ -13,6 +13,7 @@ use super::settings::Mode;
 use super::status::MigrationStatus;
 use super::stream;
 use super::stream::frame::Kind;
+use super::stream::mapped::Place;
 use super::stream::message::{
     Ack, Commit, Device, End, Hello, Learned, Loaded, Message, Ping, Pong, RoundEnd, RoundLoaded,
     Running, Token, Welcome,
@@ -49,6 +50,8 @@ pub(super) struct Receiver<'a, V> {
     ram: GuestRam,
     /// Given back unless the guest runs here.
     adopted: Option<Adopted>,
+    /// Where the pages are, if the stream only says what they are.
+    place: Option<Place>,
     /// Further connections for pages, if there are any.
     intake: Option<Intake>,
     patience: Patience,
@@ -78,6 +81,7 @@ impl<'a, V: TargetVm> Receiver<'a, V> {
             id: 0,
             ram: vm.ram(),
             adopted: None,
+            place: None,
             intake: None,
             patience: Patience::default(),
             round: 1,
@@ -213,6 +217,10 @@ impl<'a, V: TargetVm> Receiver<'a, V> {
             let theirs = passed.ok_or(Error::NoRam)?;
             self.adopted = Some(self.ram.adopt(theirs)?);
         }
+        if let Some(at) = hello.terms.mapped {
+            let place = self.channel.set_aside(at, &self.ram);
+            self.place = Some(place.map_err(Error::NotSeekable)?);
+        }
         (self.id, self.their_token) = (hello.id, hello.token);
         if !self.answered {
             return Ok(());
@@ -300,9 +308,11 @@ impl<'a, V: TargetVm> Receiver<'a, V> {
 
     fn load_pages(&mut self) -> Result<Tally, Error> {
         let frame = self.channel.current();
-        let (round, tally) = ram::load(&self.ram, frame.payload).map_err(|error| match error {
+        let loaded = ram::load(&self.ram, frame.payload, self.place.as_ref());
+        let (round, tally) = loaded.map_err(|error| match error {
             LoadError::Malformed(problem) => Error::from(frame.malformed(problem.to_owned())),
             LoadError::Memory(source) => source.into(),
+            LoadError::Mapped(source) => source.into(),
         })?;
         if round != self.round {
             let problem = format!("it is of round {round}, in round {}", self.round);

@@ -158,6 +158,7 @@ macro_rules! capabilities {
 
 capabilities! {
     Multifd = "multifd", "Pages go over `multifd-channels` connections.";
+    MappedRam = "mapped-ram", "Each page has a place of its own in the file that the guest is saved to.";
     AutoConverge = "auto-converge", "A guest that dirties RAM faster than it is sent is slowed down.";
     Events = "events", "Each change of a migration's status is a `MIGRATION` event.";
     PauseBeforeSwitchover = "pause-before-switchover",

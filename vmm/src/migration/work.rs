@@ -53,7 +53,7 @@ impl Work {
 }
 
 /// Takes no more than `most` pages off the end of the list.
-fn split(runs: &mut Vec<PageRun>, most: u64) -> Option<PageRun> {
+pub(super) fn split(runs: &mut Vec<PageRun>, most: u64) -> Option<PageRun> {
     let run = runs.last_mut().filter(|_| most > 0)?;
     let taken = PageRun {
         gpa: run.gpa,

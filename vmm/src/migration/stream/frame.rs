@@ -6,7 +6,7 @@ use super::Error;
 use super::message::{Failure, Message};
 
 /// The version of the stream. A change of anything in it is a new version.
-pub(crate) const VERSION: u16 = 5;
+pub(crate) const VERSION: u16 = 6;
 /// What each direction starts with: magic, then the version, little-endian.
 pub(crate) const PREFACE: [u8; 8] = {
     let [low, high] = VERSION.to_le_bytes();

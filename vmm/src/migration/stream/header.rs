@@ -112,6 +112,7 @@ mod tests {
         answered: true,
         shared: false,
         lanes: 0,
+        mapped: None,
     };
 
     fn shape() -> Shape {

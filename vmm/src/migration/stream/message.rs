@@ -20,6 +20,9 @@ pub(crate) struct Terms {
     pub(crate) shared: bool,
     /// How many further connections there are for pages; see [`Join`].
     pub(crate) lanes: u8,
+    /// How far behind the start of the stream the file has [all pages](super::mapped), if it has. There is
+    /// one round then, the last.
+    pub(crate) mapped: Option<u64>,
 }
 
 /// What a device's state took on a machine that does not run.

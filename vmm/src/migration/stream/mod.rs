@@ -42,6 +42,8 @@
 //! A stream that goes one way, to a file for example, is the left column without the pings and
 //! without `commit`: `end` is the last message, and hands the guest over.
 //!
+//! Such a file may have the pages at [places of their own](mapped), outside of the messages.
+//!
 //! A source may say in `hello` that it opens further connections for pages. It does so after `welcome`;
 //! each starts with the prefaces and a `join` with the destination's token, and has nothing but `ram`
 //! and `ack` then. `round-end` counts the pages of all of them, and `round-loaded` waits for all.
@@ -55,6 +57,7 @@
 
 pub(super) mod frame;
 pub(super) mod header;
+pub(super) mod mapped;
 pub(super) mod message;
 pub(super) mod ram;
 pub(super) mod reader;

@@ -1,11 +1,13 @@
 //! Pages on the wire.
 //!
 //! The payload of a `ram` frame is the round (u32), then records: guest-physical address (u64),
-//! pages (u32), content (u32: 0 for zeroes, 1 for data), and, for data, the bytes. All numbers are
+//! pages (u32), content (u32: 0 for zeroes, 1 for data, 2 for data that is [elsewhere in the
+//! file](super::mapped)), and, for data, the bytes, or the CRC-32C of each page (u32). All numbers are
 //! little-endian. Neighbouring pages of one content share a record, so that any stretch of zero
 //! pages costs 16 bytes.
 
 use super::frame::HEADER_LEN;
+use super::mapped::{self, Place};
 use crate::memory::{self, GuestRam, PAGE_SIZE, PageRun};
 
 /// The longest payload of a frame: 64 pages of data with a record each, or more in fewer records.
@@ -14,8 +16,10 @@ pub(crate) const MAX_PAYLOAD: usize = ROUND_LEN + 64 * (RECORD_LEN + PAGE);
 const PAGE: usize = PAGE_SIZE as usize;
 const ROUND_LEN: usize = 4;
 const RECORD_LEN: usize = 16;
+const SUM_LEN: usize = 4;
 const ZERO: u32 = 0;
 const DATA: u32 = 1;
+const MAPPED: u32 = 2;
 
 /// What a frame or a round holds.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -151,6 +155,20 @@ impl Packer {
         pages
     }
 
+    /// Adds a page of which the file has the data, with this checksum, or that is zeroes. There must be
+    /// room.
+    pub(crate) fn add_saved(&mut self, gpa: u64, sum: Option<u32>) {
+        self.tally.pages += 1;
+        let Some(sum) = sum else {
+            self.push(gpa, ZERO, 1);
+            self.tally.zero += 1;
+            return;
+        };
+        self.push(gpa, MAPPED, 1);
+        self.frame[self.len..][..SUM_LEN].copy_from_slice(&sum.to_le_bytes());
+        self.len += SUM_LEN;
+    }
+
     fn push(&mut self, gpa: u64, content: u32, pages: u32) {
         let joins = |r: &OpenRecord| {
             r.content == content && r.next_gpa == gpa && r.pages.checked_add(pages).is_some()
@@ -183,6 +201,9 @@ pub(crate) enum LoadError {
     /// A record lies outside guest RAM.
     #[error(transparent)]
     Memory(#[from] memory::Error),
+    /// The pages are in the file, but not as they should be.
+    #[error(transparent)]
+    Mapped(#[from] mapped::Error),
 }
 
 /// The round of a frame's payload, if it has one.
@@ -190,11 +211,16 @@ pub(crate) fn round(payload: &[u8]) -> Option<u32> {
     u32_at(payload, 0)
 }
 
-/// Puts the pages of a frame's payload into `ram`, and returns its round and what it held.
+/// Puts the pages of a frame's payload into `ram`, and returns its round and what it held. Data that is
+/// elsewhere in the file is read from `place`.
 ///
 /// # Errors
 /// When the payload is malformed or reaches outside RAM; some of its pages may be loaded then.
-pub(crate) fn load(ram: &GuestRam, payload: &[u8]) -> Result<(u32, Tally), LoadError> {
+pub(crate) fn load(
+    ram: &GuestRam,
+    payload: &[u8],
+    place: Option<&Place>,
+) -> Result<(u32, Tally), LoadError> {
     let short = LoadError::Malformed("a record is cut short");
     let Some((round, mut rest)) = payload.split_first_chunk() else {
         return Err(short);
@@ -225,6 +251,15 @@ pub(crate) fn load(ram: &GuestRam, payload: &[u8]) -> Result<(u32, Tally), LoadE
                     return Err(short);
                 };
                 ram.put_pages(gpa, data)?;
+                rest = after;
+            }
+            MAPPED => {
+                let place = place.ok_or(LoadError::Malformed("a record has its data elsewhere"))?;
+                let len = usize::try_from(pages).unwrap_or(usize::MAX) * SUM_LEN;
+                let Some((sums, after)) = rest.split_at_checked(len) else {
+                    return Err(short);
+                };
+                place.load(ram, gpa, sums)?;
                 rest = after;
             }
             _ => return Err(LoadError::Malformed("a record has an unknown content")),
@@ -286,7 +321,7 @@ mod tests {
         destination
             .write(BASE + 8 * PAGE_SIZE, &[0xff; 4096])
             .unwrap();
-        assert_eq!(load(&destination, &payload).unwrap(), (7, sent));
+        assert_eq!(load(&destination, &payload, None).unwrap(), (7, sent));
         assert_eq!(destination.checksum().unwrap(), source.checksum().unwrap());
     }
 
@@ -314,7 +349,7 @@ mod tests {
         packer.add_zeroes(more);
         let ram = ram();
         ram.write(BASE, &[1; 6 * PAGE]).unwrap();
-        let (_, loaded) = load(&ram, &packer.frame()[HEADER_LEN..]).unwrap();
+        let (_, loaded) = load(&ram, &packer.frame()[HEADER_LEN..], None).unwrap();
         assert_eq!(loaded.pages, 5);
         assert_eq!(loaded.bytes, (ROUND_LEN + RECORD_LEN) as u64, "one record");
         let (written, untouched) = ram.written_and_untouched().unwrap();
@@ -359,22 +394,26 @@ mod tests {
             (BASE, 257, ZERO),
             (BASE - PAGE_SIZE, 1, ZERO),
             (u64::MAX - PAGE_SIZE + 1, u32::MAX, ZERO),
-            (BASE, 1, 2),
+            (BASE, 1, MAPPED),
+            (BASE, 1, 3),
             (BASE, 1, DATA),
             (BASE, u32::MAX, DATA),
         ] {
             assert!(
-                load(&ram, &record(gpa, pages, content)).is_err(),
+                load(&ram, &record(gpa, pages, content), None).is_err(),
                 "{gpa:#x} {pages} {content}"
             );
         }
         let mut outside = record(BASE + 256 * PAGE_SIZE, 1, DATA);
         outside.extend([1; PAGE]);
-        assert!(matches!(load(&ram, &outside), Err(LoadError::Memory(_))));
+        assert!(matches!(
+            load(&ram, &outside, None),
+            Err(LoadError::Memory(_))
+        ));
 
         let (payload, _) = pack(&ram, 0..2);
         for len in (0..payload.len()).filter(|&len| len != ROUND_LEN) {
-            assert!(load(&ram, &payload[..len]).is_err(), "cut at {len}");
+            assert!(load(&ram, &payload[..len], None).is_err(), "cut at {len}");
         }
     }
 }

@@ -1,6 +1,6 @@
 //! Reads frames.
 
-use std::io::{self, BufReader, Read};
+use std::io::{self, BufRead, BufReader, Read};
 
 use super::Error;
 use super::frame::{Frame, HEADER_LEN, Header, Kind, PREFACE, Problem, VERSION};
@@ -53,6 +53,12 @@ impl<R: Read> FrameReader<R> {
             }),
             _ => Err(Error::Foreign { start }),
         }
+    }
+
+    /// The stream goes on elsewhere: forgets what was read of what follows here.
+    pub(crate) fn skip_what_was_read_ahead(&mut self) {
+        let ahead = self.inner.buffer().len();
+        self.inner.consume(ahead);
     }
 
     /// How many bytes were read.

@@ -5,6 +5,7 @@ use std::net::Shutdown;
 use std::os::unix::net::{UnixListener, UnixStream};
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use super::super::stream::frame::{PREFACE, VERSION};
 use super::*;
 
 /// What the connection does to one direction.
@@ -211,18 +212,18 @@ fn a_foreign_stream_is_refused_with_what_it_is() {
     let error = received(b"BLKOUT\x02\x00");
     assert_eq!(
         error,
-        "the peer speaks version 2 of the migration stream, this monitor 5"
+        format!("the peer speaks version 2 of the migration stream, this monitor {VERSION}")
     );
     assert_eq!(
         received(b""),
         "the migration stream ends at byte 0, inside its first 8 bytes"
     );
-    let error = received(b"BLKOUT\x05\x00");
+    let error = received(&PREFACE);
     assert_eq!(
         error,
         "the migration stream ends at byte 8, where a message should start"
     );
-    let garbage = [b"BLKOUT\x05\x00".as_slice(), &[0xa5; 100]].concat();
+    let garbage = [PREFACE.as_slice(), &[0xa5; 100]].concat();
     let error = received(&garbage);
     assert!(
         error.contains("corrupt in the frame at byte 8: its checksum"),

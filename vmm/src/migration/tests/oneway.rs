@@ -4,6 +4,7 @@ use std::fs;
 use std::os::fd::OwnedFd;
 use std::path::Path;
 
+use super::super::settings::Capability;
 use super::*;
 
 const LIMIT: Duration = Duration::from_secs(20);
@@ -65,6 +66,116 @@ fn a_guest_is_saved_and_restored_by_files_and_commands() {
         run_target(&bench, &target, &from, &mut Descriptors::default());
         completed(&bench, &source, &target);
     }
+}
+
+#[test]
+fn pages_with_places_of_their_own_are_saved_once_each() {
+    let bench = Bench::new();
+    let path = bench.folder.path().join("guest");
+    bench
+        .source
+        .settings()
+        .set_capabilities(&[(Capability::MappedRam, true)]);
+    for offset in [0, 5, 3 << 20] {
+        let (source, target) = (Fake::source(), Fake::target());
+        let uri = file(&path, offset);
+        run_source(&bench, &source, uri.clone(), &mut Descriptors::default());
+        run_target(&bench, &target, &uri, &mut Descriptors::default());
+        completed(&bench, &source, &target);
+        let most = offset + (3 << 20) + source.ram.size();
+        assert!(fs::metadata(&path).unwrap().len() < most);
+    }
+
+    // Of a file that is damaged, nothing else comes than the guest or nothing.
+    let path = bench.folder.path().join("damaged");
+    let source = Fake::source();
+    run_source(&bench, &source, file(&path, 0), &mut Descriptors::default());
+    let whole = fs::read(&path).unwrap();
+    let (mut refused, step) = (0, whole.len() / 60);
+    for at in (0..whole.len()).step_by(step).chain([whole.len() - 1]) {
+        for cut in [false, true] {
+            let mut bytes = whole.clone();
+            bytes[at] ^= 4;
+            bytes.truncate(if cut { at } else { whole.len() });
+            fs::write(&path, bytes).unwrap();
+            let target = Fake::target();
+            run_target(
+                &bench,
+                &target,
+                &file(&path, 0),
+                &mut Descriptors::default(),
+            );
+            match bench.target.query().status {
+                Some(MigrationStatus::Completed) => {
+                    assert!(!cut, "byte {at}");
+                    let sums = [&target, &source].map(|vm| vm.ram.checksum().unwrap());
+                    assert_eq!(sums[0], sums[1], "byte {at}");
+                }
+                _ => refused += 1,
+            }
+        }
+    }
+    assert!(refused > 60, "{refused}");
+}
+
+#[test]
+fn half_a_guest_is_not_followed_by_the_end_of_another() {
+    let bench = Bench::new();
+    bench
+        .source
+        .settings()
+        .set_capabilities(&[(Capability::MappedRam, true)]);
+    let path = bench.folder.path().join("guest");
+    let uri = file(&path, 0);
+    run_source(
+        &bench,
+        &Fake::source(),
+        uri.clone(),
+        &mut Descriptors::default(),
+    );
+    let whole = fs::metadata(&path).unwrap().len();
+    // The same file again, which is not cut when it is opened by somebody else.
+    let again = fs::OpenOptions::new().read(true).write(true).open(&path);
+    let mut descriptors = Descriptors::default();
+    descriptors.pass(again.unwrap().into());
+    descriptors.name("way".into()).unwrap();
+    let source = Fake::source().with(|f| f.slow = Duration::from_secs(1));
+    thread::scope(|scope| {
+        let way = Uri::Fd("way".into());
+        let saving = scope.spawn(|| run_source(&bench, &source, way, &mut descriptors));
+        let began = std::time::Instant::now();
+        while fs::metadata(&path).unwrap().len() >= whole {
+            assert!(began.elapsed() < LIMIT && !saving.is_finished());
+        }
+    });
+}
+
+#[test]
+fn pages_have_places_in_files_only() {
+    let bench = Bench::new();
+    bench
+        .source
+        .settings()
+        .set_capabilities(&[(Capability::MappedRam, true)]);
+    let path = bench.folder.path().join("guest");
+    let source = Fake::source();
+    let (_reader, writer) = io::pipe().unwrap();
+    let appended = fs::OpenOptions::new().append(true).create(true).open(&path);
+    for fd in [OwnedFd::from(writer), appended.unwrap().into()] {
+        let mut descriptors = Descriptors::default();
+        descriptors.pass(fd);
+        descriptors.name("way".into()).unwrap();
+        run_source(&bench, &source, Uri::Fd("way".into()), &mut descriptors);
+        let error = bench.source.query().error_desc.unwrap();
+        assert!(error.starts_with("mapped-ram needs a file"), "{error}");
+        assert_eq!(source.run_state(), RunState::Running);
+    }
+
+    run_source(&bench, &source, file(&path, 0), &mut Descriptors::default());
+    let cat = Uri::Exec(format!("cat {}", path.display()));
+    run_target(&bench, &Fake::target(), &cat, &mut Descriptors::default());
+    let error = bench.target.query().error_desc.unwrap();
+    assert!(error.contains("saved with mapped-ram"), "{error}");
 }
 
 #[test]
@@ -151,6 +262,7 @@ fn a_stream_that_waits_for_answers_is_refused_from_a_file() {
         answered: true,
         shared: false,
         lanes: 0,
+        mapped: None,
     };
     let mut writer = super::super::stream::writer::FrameWriter::new(Vec::new());
     writer.preface().unwrap();
