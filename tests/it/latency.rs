@@ -110,6 +110,7 @@ fn many(view: View) -> Result<()> {
 
 /// Migrates until the observer could judge `runs` migrations, or too many could not be judged.
 fn compare(cpus: Cpus, runs: usize, view: View) -> Result<Vec<Compared>> {
+    let _awake = cpus.keep_awake()?;
     let mut compared = Vec::new();
     let mut tries = 0;
     while compared.len() < runs && tries < runs * TRIES {
@@ -125,6 +126,13 @@ fn compare(cpus: Cpus, runs: usize, view: View) -> Result<Vec<Compared>> {
                 run.seen.error_ns
             );
             compared.push(run);
+        } else {
+            println!(
+                " -: off {:>6} ns, observer's error {} ns, vCPUs set aside for {} ns",
+                run.off_ns(),
+                run.seen.error_ns,
+                run.seen.set_aside_ns
+            );
         }
     }
     let fair = compared.len();

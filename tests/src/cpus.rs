@@ -2,12 +2,18 @@
 //! the other thread runs, for as long as the scheduler likes.
 
 use std::fs::{self, File};
+use std::hint::spin_loop;
 use std::os::unix::fs::FileExt;
 use std::path::PathBuf;
+use std::process::Command;
+use std::sync::Arc;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::mpsc::channel;
+use std::thread::{self, JoinHandle};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, ensure};
 use nix::sched::{CpuSet, sched_getaffinity, sched_setaffinity};
-use nix::unistd::Pid;
+use nix::unistd::{Pid, gettid};
 
 /// A CPU for vCPUs alone.
 #[derive(Clone, Copy, Debug)]
@@ -29,6 +35,11 @@ impl Cpus {
         Ok(Some(Cpus { vcpus }))
     }
 
+    /// Keeps the vCPUs' CPU awake for as long as the result lives.
+    pub fn keep_awake(&self) -> Result<Awake> {
+        Awake::start(self.vcpus)
+    }
+
     /// Gives the vCPUs of the monitor `pid` their CPU.
     pub fn pin_vcpus(&self, pid: u32) -> Result<()> {
         for task in vcpu_threads(pid)? {
@@ -36,6 +47,49 @@ impl Cpus {
             pin(Pid::from_raw(tid.to_string_lossy().parse()?), self.vcpus)?;
         }
         Ok(())
+    }
+}
+
+/// Keeps the vCPUs' CPU awake while it lives: one that sleeps takes up to 100 us to begin with a thread,
+/// which looks from outside as if another one had been in the way. It turns on that CPU for as long as
+/// nobody else wants it.
+#[derive(Debug)]
+pub struct Awake {
+    over: Arc<AtomicBool>,
+    thread: Option<JoinHandle<()>>,
+}
+
+impl Awake {
+    fn start(cpu: usize) -> Result<Self> {
+        let over = Arc::new(AtomicBool::new(false));
+        let (sender, tid) = channel();
+        let turning = Arc::clone(&over);
+        let turn = move || {
+            let _ = sender.send(gettid());
+            while !turning.load(Ordering::Relaxed) {
+                spin_loop();
+            }
+        };
+        let awake = Awake {
+            over,
+            thread: Some(thread::spawn(turn)),
+        };
+        let tid = tid.recv()?;
+        let mut chrt = Command::new("chrt");
+        chrt.args(["--idle", "--pid", "0", &tid.to_string()]);
+        let status = chrt.status().context("chrt")?;
+        ensure!(status.success(), "chrt ended with {status}");
+        pin(tid, cpu)?;
+        Ok(awake)
+    }
+}
+
+impl Drop for Awake {
+    fn drop(&mut self) {
+        self.over.store(true, Ordering::Relaxed);
+        if let Some(thread) = self.thread.take() {
+            let _ = thread.join();
+        }
     }
 }
 

@@ -13,7 +13,7 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail};
-use blackout_abi::guest::{self, Counter, SharedPage, state};
+use blackout_abi::guest::{self, Counter, Gap, SharedPage, state};
 use vm_memory::{Bytes, FileOffset, GuestAddress, GuestMemoryMmap};
 
 /// A guest's RAM, addressed by offset into the memfd.
@@ -45,13 +45,33 @@ impl GuestView {
 
     /// The progress of vCPU `index`.
     pub fn counter(&self, index: usize) -> u64 {
-        let at = offset_of!(SharedPage, counters) + index * size_of::<Counter>();
-        self.load(at)
+        self.load(counter_of(index) + offset_of!(Counter, value))
     }
 
     /// The progress of the first `count` vCPUs.
     pub fn counters(&self, count: usize) -> Vec<u64> {
         (0..count).map(|index| self.counter(index)).collect()
+    }
+
+    /// When vCPU `index` last made progress, by its own clock, in ticks; 0 if it has none.
+    pub fn stamp(&self, index: usize) -> u64 {
+        self.load(counter_of(index) + offset_of!(Counter, stamp))
+    }
+
+    /// The last two times, at most, in which vCPU `index` stood still, by its own clock.
+    pub fn gaps(&self, index: usize) -> Vec<Gap> {
+        let counter = counter_of(index);
+        let count = self.load(counter + offset_of!(Counter, gap_count));
+        let numbers = count.saturating_sub(2)..count;
+        let gap = |number: u64| {
+            let place = usize::from(number % 2 == 1);
+            let at = counter + offset_of!(Counter, gaps) + place * size_of::<Gap>();
+            Gap {
+                from: self.load(at + offset_of!(Gap, from)),
+                to: self.load(at + offset_of!(Gap, to)),
+            }
+        };
+        numbers.map(gap).collect()
     }
 
     /// Events that the guest has mapped in its ITS.
@@ -142,6 +162,11 @@ impl GuestView {
         let at = GuestAddress(self.shared + offset as u64);
         Ok(self.ram.store(value, at, Ordering::Release)?)
     }
+}
+
+/// Where a vCPU's counter is in the shared page.
+fn counter_of(index: usize) -> usize {
+    offset_of!(SharedPage, counters) + index * size_of::<Counter>()
 }
 
 /// The memfds that monitors have guest RAM in: ours, and QEMU's.

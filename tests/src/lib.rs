@@ -18,6 +18,7 @@ pub mod resources;
 pub mod shell;
 pub mod skip;
 pub mod slow;
+mod stamps;
 pub mod tool;
 pub mod vmm;
 

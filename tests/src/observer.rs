@@ -1,4 +1,8 @@
 //! The blackout as the guest's memory shows it, seen by nobody but a third process.
+//!
+//! A guest that stamps its progress by its own clock is looked at in no hurry: the stamps tell when it
+//! stopped and went on. Of any other guest, its counter has to be seen growing, and the looks are what
+//! the blackout may be wrong by.
 
 use std::process::Command;
 use std::sync::Arc;
@@ -14,6 +18,7 @@ use nix::unistd::gettid;
 use crate::cpus::RunDelay;
 use crate::guest_ram::GuestView;
 use crate::skip::emulated;
+use crate::stamps::Stamps;
 
 /// Between two looks. A sleep that is over before the thread is off its CPU is none, and takes the
 /// CPU from what is watched: this one is long enough.
@@ -22,6 +27,10 @@ const NAP: Duration = Duration::from_micros(20);
 /// The same where a look and a sleep cost some 50 us, on one of few emulated CPUs, and what is looked at
 /// takes a hundred times as long.
 const EMULATED_NAP: Duration = Duration::from_micros(500);
+
+/// The same of a guest that stamps its progress, and how long it is looked at after it went on.
+const LONG_NAP: Duration = Duration::from_micros(150);
+const AFTERWARDS_NS: u64 = 30_000_000;
 
 /// What an [`Observer`] saw.
 #[derive(Clone, Copy, Debug)]
@@ -74,7 +83,8 @@ impl Watched {
     }
 }
 
-/// Looks at the counters of a source and a destination about every 50 us, on a thread. In a testbed that
+/// Looks at the counters of a source and a destination about every 50 us, on a thread, or at the stamps
+/// of a guest that makes some, a quarter as often. In a testbed that
 /// would be all that one of its CPUs does: there it looks 2000 times a second, before all other threads.
 #[derive(Debug)]
 pub struct Observer {
@@ -120,11 +130,15 @@ struct Progress {
 }
 
 fn watch(source: &Watched, destination: &Watched, vcpus: usize, limit: Duration) -> Result<Seen> {
-    let nap = prepare()?;
+    let nap = match source.guest.stamp(0) {
+        0 => prepare()?,
+        _ => LONG_NAP,
+    };
     let limit = u64::try_from(limit.as_nanos())?;
     let start = now_ns()?;
     let waited_ns = destination.delay.ns()?;
     let mut counters = source.guest.counters(vcpus);
+    let mut stamps: Vec<_> = counters.iter().map(|_| Stamps::default()).collect();
     let mut before = start;
     let mut last = Progress {
         at_ns: start,
@@ -133,10 +147,11 @@ fn watch(source: &Watched, destination: &Watched, vcpus: usize, limit: Duration)
     };
     loop {
         let mut progress = false;
-        for (index, known) in counters.iter_mut().enumerate() {
-            let value = source.guest.counter(index);
+        for (index, (known, stamps)) in counters.iter_mut().zip(&mut stamps).enumerate() {
+            let (value, stamp) = (source.guest.counter(index), source.guest.stamp(index));
             progress |= value != *known;
             *known = value;
+            stamps.source.add(now_ns()?, stamp);
         }
         // RAM that arrives carries the source's counters with it: only going past them is life.
         let alive = counters
@@ -154,12 +169,13 @@ fn watch(source: &Watched, destination: &Watched, vcpus: usize, limit: Duration)
         if alive {
             let source_ns = source.delay.ns()? - last.delay_ns;
             let destination_ns = destination.delay.ns()? - waited_ns;
-            return Ok(Seen {
+            let seen = Seen {
                 last_progress_ns: last.at_ns,
                 first_progress_ns: now,
                 error_ns: last.error_ns + (now - before),
                 set_aside_ns: source_ns + destination_ns,
-            });
+            };
+            return sharpen(seen, source, destination, stamps);
         }
         if now - start > limit {
             bail!("the destination made no progress within {limit} ns");
@@ -167,6 +183,44 @@ fn watch(source: &Watched, destination: &Watched, vcpus: usize, limit: Duration)
         before = now;
         thread::sleep(nap);
     }
+}
+
+/// What the guest's own stamps say of what was `seen`, if it makes any.
+fn sharpen(
+    seen: Seen,
+    source: &Watched,
+    destination: &Watched,
+    mut stamps: Vec<Stamps>,
+) -> Result<Seen> {
+    if source.guest.stamp(0) == 0 {
+        return Ok(seen);
+    }
+    let until = now_ns()? + AFTERWARDS_NS;
+    while now_ns()? < until {
+        for (index, stamps) in stamps.iter_mut().enumerate() {
+            let stamp = destination.guest.stamp(index);
+            stamps.destination.add(now_ns()?, stamp);
+            let (last, gaps) = (source.guest.stamp(index), destination.guest.gaps(index));
+            stamps.stood_still(last, &gaps);
+        }
+        thread::sleep(LONG_NAP);
+    }
+    let dark: Option<Vec<_>> = stamps.iter().map(Stamps::dark).collect();
+    let dark = dark.unwrap_or_default();
+    let last = dark.iter().map(|(stopped, _)| stopped);
+    let first = dark.iter().map(|(_, went_on)| went_on);
+    let (Some(last), Some(first)) = (
+        last.max_by_key(|moment| moment.at_ns),
+        first.min_by_key(|moment| moment.at_ns),
+    ) else {
+        return Ok(seen);
+    };
+    Ok(Seen {
+        last_progress_ns: last.at_ns,
+        first_progress_ns: first.at_ns.max(last.at_ns),
+        error_ns: last.error_ns + first.error_ns,
+        ..seen
+    })
 }
 
 fn watch_shared(

@@ -4,6 +4,8 @@
 use core::ptr;
 use core::sync::atomic::{AtomicPtr, AtomicU64, Ordering};
 
+#[cfg(target_arch = "x86_64")]
+use blackout_abi::guest::GAP_TICKS;
 use blackout_abi::guest::{BootPage, MAX_VCPUS, SHARED_PAGE_OFFSET, SharedPage};
 
 static BOOT: AtomicPtr<BootPage> = AtomicPtr::new(ptr::null_mut());
@@ -96,5 +98,22 @@ impl Shared {
     pub(crate) fn counter(self, vcpu: usize) -> &'static AtomicU64 {
         assert!(vcpu < MAX_VCPUS);
         field!(self, counters[vcpu].value)
+    }
+
+    /// Shows when a vCPU did a turn of its loop, in ticks of its clock, and where it stood still.
+    #[cfg(target_arch = "x86_64")]
+    pub(crate) fn stamp(self, vcpu: usize, ticks: u64) {
+        assert!(vcpu < MAX_VCPUS);
+        let stamp = field!(self, counters[vcpu].stamp);
+        let last = stamp.load(Ordering::Relaxed);
+        if last != 0 && ticks.wrapping_sub(last) > GAP_TICKS {
+            let count = field!(self, counters[vcpu].gap_count);
+            let number = count.load(Ordering::Relaxed);
+            let place = (number % 2) as usize;
+            field!(self, counters[vcpu].gaps[place].from).store(last, Ordering::Relaxed);
+            field!(self, counters[vcpu].gaps[place].to).store(ticks, Ordering::Relaxed);
+            count.store(number + 1, Ordering::Release);
+        }
+        stamp.store(ticks, Ordering::Release);
     }
 }

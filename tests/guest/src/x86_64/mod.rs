@@ -70,8 +70,10 @@ impl Machine {
     }
 }
 
-/// A vCPU has nothing to do but its work.
-pub(crate) fn turn(_vcpu: usize) {}
+/// A vCPU has nothing to do but its work, and to say when it did it.
+pub(crate) fn turn(vcpu: usize) {
+    Shared::get().stamp(vcpu, cpu::ticks());
+}
 
 /// Writes to the port of the firmware's progress codes, which no device of the machine has.
 pub(crate) fn exit(_serial: u64) {

@@ -1,0 +1,176 @@
+//! A vCPU's own clock, laid over the host's by looking at both.
+//!
+//! A guest that stamps its progress says when it stopped and when it went on more sharply than anybody
+//! can who looks from time to time. What each side's clock reads is found by many looks: none finds a
+//! stamp before it was made, and the least late ones hardly later.
+
+use blackout_abi::guest::{GAP_TICKS, Gap};
+
+/// A moment of the host's clock, and how far it may be off, ns.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Moment {
+    pub(crate) at_ns: u64,
+    pub(crate) error_ns: u64,
+}
+
+/// What the host's clock read when a stamp was found, in order.
+#[derive(Debug, Default)]
+pub(crate) struct Looks {
+    looks: Vec<(u64, u64)>,
+}
+
+/// Fewer looks than this tell nothing.
+const LOOKS: usize = 12;
+
+/// Looks further from a stamp than this do not count for it: a clock's rate is known to some parts in
+/// a hundred thousand. 50 ms, in ns.
+const NEAR_NS: u64 = 50_000_000;
+
+impl Looks {
+    /// Adds a look that found `stamp` and ended at `now_ns`.
+    pub(crate) fn add(&mut self, now_ns: u64, stamp: u64) {
+        if self.looks.last().is_none_or(|(_, last)| *last != stamp) {
+            self.looks.push((now_ns, stamp));
+        }
+    }
+
+    /// How long they took, ns.
+    fn length_ns(&self) -> u64 {
+        match (self.looks.first(), self.looks.last()) {
+            (Some((first, _)), Some((last, _))) => last - first,
+            _ => 0,
+        }
+    }
+
+    /// A tick, ns: by the least late looks at the begin and at the end.
+    fn tick_ns(&self) -> Option<f64> {
+        let third = self.looks.len() / 3;
+        if self.looks.len() < LOOKS {
+            return None;
+        }
+        let (first, last) = (self.looks.first()?, self.looks.last()?);
+        let between = |a: &(u64, u64), b: &(u64, u64)| {
+            (b.0 - a.0) as f64 / b.1.wrapping_sub(a.1).cast_signed() as f64
+        };
+        let rough = between(first, last);
+        let late = |look: &&(u64, u64)| {
+            let ticks = look.1.wrapping_sub(first.1).cast_signed();
+            (look.0 - first.0) as f64 - ticks as f64 * rough
+        };
+        let least = |looks: &'_ [(u64, u64)]| {
+            let least = looks.iter().min_by(|a, b| late(a).total_cmp(&late(b)));
+            least.copied()
+        };
+        let begin = least(&self.looks[..third])?;
+        let end = least(&self.looks[self.looks.len() - third..])?;
+        Some(between(&begin, &end)).filter(|tick| tick.is_finite() && *tick > 0.0)
+    }
+
+    /// When `stamp` was made.
+    fn time_of(&self, stamp: u64, tick_ns: f64) -> Option<Moment> {
+        let times = self.looks.iter().map(|(now, seen)| {
+            let since_ns = seen.wrapping_sub(stamp).cast_signed() as f64 * tick_ns;
+            (since_ns, *now as f64 - since_ns)
+        });
+        let near = times.filter(|(since_ns, _)| since_ns.abs() < NEAR_NS as f64);
+        let mut times: Vec<_> = near.map(|(_, at)| at).collect();
+        times.sort_by(f64::total_cmp);
+        // As far as the third is from the first, the first may be from the truth.
+        let [first, _, third, ..] = times[..] else {
+            return None;
+        };
+        Some(Moment {
+            at_ns: first as u64,
+            error_ns: (third - first) as u64,
+        })
+    }
+}
+
+/// One vCPU, as it was seen at both sides.
+#[derive(Debug, Default)]
+pub(crate) struct Stamps {
+    pub(crate) source: Looks,
+    pub(crate) destination: Looks,
+    gap: Option<Gap>,
+}
+
+impl Stamps {
+    /// Keeps that of `gaps`, at the destination, which begins with the source's last stamp.
+    pub(crate) fn stood_still(&mut self, last: u64, gaps: &[Gap]) {
+        let is_it = |gap: &&Gap| gap.from.wrapping_sub(last) <= GAP_TICKS;
+        self.gap = self.gap.or(gaps.iter().find(is_it).copied());
+    }
+
+    /// When it stopped at the source and went on at the destination; `None` for a guest that does not
+    /// say, or was not looked at enough.
+    pub(crate) fn dark(&self) -> Option<(Moment, Moment)> {
+        let gap = self.gap?;
+        let longest = match self.source.length_ns() > self.destination.length_ns() {
+            true => &self.source,
+            false => &self.destination,
+        };
+        let tick_ns = longest.tick_ns()?;
+        let from = self.source.time_of(gap.from, tick_ns)?;
+        Some((from, self.destination.time_of(gap.to, tick_ns)?))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Looks every 100 us at a clock of 2.5 GHz that shows `ahead` ticks more, each late by another
+    /// part of 10 us, and some by none.
+    fn looks(from_ns: u64, ahead: u64) -> Looks {
+        let mut looks = Looks::default();
+        for look in 0..300 {
+            let made_ns = from_ns + look * 100_000;
+            let stamp = (made_ns * 5 / 2).wrapping_add(ahead);
+            looks.add(made_ns + look * 7_919 % 10_000, stamp);
+        }
+        looks
+    }
+
+    #[test]
+    fn two_clocks_are_laid_over_one() {
+        let ahead = 1 << 40;
+        let mut stamps = Stamps {
+            source: looks(1_000_000_000, 0),
+            destination: looks(1_032_000_000, ahead),
+            gap: None,
+        };
+        let from = 1_030_000_000 * 5 / 2;
+        let to = 1_031_500_000 * 5 / 2 + ahead;
+        let others = [
+            Gap { from: 5, to: 9 },
+            Gap {
+                from: to,
+                to: to + 5,
+            },
+        ];
+        stamps.stood_still(from, &others);
+        assert!(stamps.dark().is_none());
+        stamps.stood_still(from - 40, &[others[1], Gap { from, to }]);
+        let (stopped, went_on) = stamps.dark().unwrap();
+        assert!(stopped.at_ns.abs_diff(1_030_000_000) < 300, "{stopped:?}");
+        assert!(went_on.at_ns.abs_diff(1_031_500_000) < 300, "{went_on:?}");
+        assert!(stopped.error_ns < 300 && went_on.error_ns < 300);
+    }
+
+    #[test]
+    fn a_clock_that_stands_tells_nothing() {
+        let mut stamps = Stamps::default();
+        for look in 0..1_000 {
+            stamps.source.add(look, 0);
+            stamps.destination.add(look, 0);
+        }
+        stamps.stood_still(
+            0,
+            &[Gap {
+                from: 0,
+                to: 1 << 30,
+            }],
+        );
+        assert!(stamps.dark().is_none());
+    }
+}
