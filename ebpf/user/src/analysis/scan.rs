@@ -13,7 +13,7 @@ use blackout_abi::Edge;
 use super::by_kernel::HANDOVER_NS;
 use super::kvm;
 use super::migration::WHOLES;
-use super::spans::Meaning;
+use super::spans::{DEEPEST, Meaning};
 use crate::recording::{Error, Frame, Reader, VcpuEdges};
 
 /// Before and after a migration, what belongs to it may lie: the command that asked for it, a vCPU that
@@ -66,6 +66,9 @@ pub(super) fn windows<R: Read>(reader: Reader<R>) -> Result<Vec<Windows>, Error>
     Ok(all)
 }
 
+/// At most so many times are held apart, so many processes and vCPUs, and so many probes.
+const MOST: usize = 1 << 16;
+
 #[derive(Default)]
 struct Scan {
     /// The edge of each probe that begins or ends a migration.
@@ -76,6 +79,8 @@ struct Scan {
     open: HashMap<(u32, u32), Vec<u64>>,
     times: Vec<(u64, u64)>,
     processes: BTreeMap<u32, Process>,
+    /// vCPUs of all of them.
+    vcpus: usize,
 }
 
 /// What is known of a process.
@@ -91,7 +96,7 @@ struct Process {
 impl Scan {
     fn see(&mut self, frame: &Frame) {
         match frame {
-            Frame::Probe(def) => {
+            Frame::Probe(def) if self.wholes.len() + self.foreign.len() < MOST => {
                 let meaning = Meaning::of(def);
                 if WHOLES.contains(&meaning.row.as_str()) {
                     self.wholes.insert(def.id, meaning.edge);
@@ -100,16 +105,23 @@ impl Scan {
                 }
             }
             Frame::Hit(hit) => {
-                if let Some(edge) = self.wholes.get(&hit.probe) {
+                if let Some(edge) = self.wholes.get(&hit.probe).copied() {
                     let open = self.open.entry((hit.pid, hit.tid)).or_default();
                     match edge {
                         Edge::Begin => {
-                            open.push(hit.ts_ns);
-                            self.processes.entry(hit.pid).or_default().tells = true;
+                            // One that is too deep is as long as those around it.
+                            if open.len() < DEEPEST {
+                                open.push(hit.ts_ns);
+                            }
+                            if let Some(process) = self.process(hit.pid) {
+                                process.tells = true;
+                            }
                         }
-                        Edge::End => self
-                            .times
-                            .extend(open.pop().map(|from| around(from, hit.ts_ns))),
+                        Edge::End => {
+                            let from = open.pop();
+                            self.times.extend(from.map(|from| around(from, hit.ts_ns)));
+                            self.thin();
+                        }
                         Edge::Point => {}
                     }
                 } else if self.foreign.contains(&hit.probe) {
@@ -120,16 +132,43 @@ impl Scan {
                 self.sign(ioctl.pid, ioctl.enter_ns);
             }
             Frame::VcpuEdges(edges) => {
-                let process = self.processes.entry(edges.pid).or_default();
-                process.vcpus.insert(edges.tid, *edges);
+                let has_room = self.vcpus < MOST;
+                let Some(process) = self.process(edges.pid) else {
+                    return;
+                };
+                if has_room || process.vcpus.contains_key(&edges.tid) {
+                    let known = process.vcpus.insert(edges.tid, *edges);
+                    self.vcpus += usize::from(known.is_none());
+                }
             }
             _ => {}
         }
     }
 
     fn sign(&mut self, pid: u32, at_ns: u64) {
-        let sign_ns = &mut self.processes.entry(pid).or_default().sign_ns;
-        *sign_ns = Some(sign_ns.map_or(at_ns, |before| before.min(at_ns)));
+        if let Some(process) = self.process(pid) {
+            let before_ns = process.sign_ns.unwrap_or(at_ns);
+            process.sign_ns = Some(before_ns.min(at_ns));
+        }
+    }
+
+    /// What is known of the process; `None` for one too many.
+    fn process(&mut self, pid: u32) -> Option<&mut Process> {
+        if self.processes.len() >= MOST && !self.processes.contains_key(&pid) {
+            return None;
+        }
+        Some(self.processes.entry(pid).or_default())
+    }
+
+    /// Keeps the times few: those that meet are one, and if they are too many yet, all are.
+    fn thin(&mut self) {
+        if self.times.len() < MOST {
+            return;
+        }
+        self.times = Windows::new(mem::take(&mut self.times)).0;
+        if let ([first, .., last], true) = (&self.times[..], self.times.len() > MOST / 2) {
+            self.times = vec![(first.0, last.1)];
+        }
     }
 
     fn finish(self) -> Windows {
@@ -164,6 +203,19 @@ fn around(from_ns: u64, to_ns: u64) -> (u64, u64) {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn times_stay_few() {
+        let mut scan = Scan::default();
+        for hour in 0..3 * MOST as u64 {
+            scan.times
+                .push(around(hour * 3_600_000_000_000, hour * 3_600_000_000_000));
+            scan.thin();
+            assert!(scan.times.len() <= MOST);
+        }
+        let windows = scan.finish();
+        assert!(windows.meet(0, 0) && windows.meet(7_200_000_000_000, 7_200_000_000_001));
+    }
 
     #[test]
     fn times_that_meet_are_one() {
