@@ -3,6 +3,7 @@
 
 use std::collections::BTreeMap;
 use std::io::{BufRead, BufReader};
+use std::path::Path;
 use std::process::{Child, Command, Stdio};
 use std::sync::Mutex;
 use std::thread;
@@ -15,6 +16,7 @@ use harness::{programs, skip};
 use serde_json::{Value, json};
 
 use crate::migrate::{LIMIT, Running, small};
+use crate::migrate_tls;
 
 /// Pairs of monitors at a time: most of a fault's time is spent on waiting.
 const WORKERS: usize = 6;
@@ -96,6 +98,15 @@ enum Place {
     Probe(&'static str),
 }
 
+/// What the guest goes over.
+#[derive(Clone, Copy, Debug)]
+enum Over<'a> {
+    /// One connection.
+    Unix,
+    /// Several encrypted ones, with the credentials in this folder.
+    TlsLanes(&'a Path),
+}
+
 /// How it ended, seen from outside.
 type Outcomes = BTreeMap<(String, String), BTreeMap<String, usize>>;
 
@@ -120,13 +131,36 @@ fn faults_at_every_message_and_every_probe() -> Result<()> {
             }
         }
     }
-    if Command::new("bpftrace").arg("--version").output().is_ok() {
-        for _ in 0..2 {
-            faults.extend(AT_SOURCE.map(|probe| (Place::Probe(probe), Fault::KillSource)));
-            let there = AT_DESTINATION.map(|probe| (Place::Probe(probe), Fault::KillDestination));
-            faults.extend(there);
-        }
+    if has_bpftrace() {
+        faults.extend(at_probes().chain(at_probes()));
     }
+    campaign(faults, Over::Unix)
+}
+
+#[test]
+fn faults_at_every_probe_over_encrypted_connections() -> Result<()> {
+    if !slow() {
+        skip!("dozens of migrations: run with --slow");
+    }
+    if !has_bpftrace() {
+        skip!("bpftrace kills the monitors at their probes, and is not installed");
+    }
+    let folder = migrate_tls::credentials()?;
+    campaign(at_probes().collect(), Over::TlsLanes(folder.path()))
+}
+
+fn has_bpftrace() -> bool {
+    Command::new("bpftrace").arg("--version").output().is_ok()
+}
+
+fn at_probes() -> impl Iterator<Item = (Place, Fault)> {
+    let here = AT_SOURCE.map(|probe| (Place::Probe(probe), Fault::KillSource));
+    let there = AT_DESTINATION.map(|probe| (Place::Probe(probe), Fault::KillDestination));
+    here.into_iter().chain(there)
+}
+
+/// Injects all of them, several at a time, and says how each ended.
+fn campaign(faults: Vec<(Place, Fault)>, over: Over<'_>) -> Result<()> {
     let total = faults.len();
     let left = Mutex::new(faults);
     let (outcomes, wrong) = (Mutex::new(Outcomes::new()), Mutex::new(Vec::new()));
@@ -137,7 +171,7 @@ fn faults_at_every_message_and_every_probe() -> Result<()> {
                     let next = left.lock().expect("the faults").pop();
                     let Some((place, fault)) = next else { return };
                     let (name, what) = describe(place, fault);
-                    match inject(place, fault) {
+                    match inject(place, fault, over) {
                         Ok(outcome) => {
                             let mut outcomes = outcomes.lock().expect("the outcomes");
                             let row = outcomes.entry((name, what)).or_default();
@@ -175,10 +209,8 @@ fn describe(place: Place, fault: Fault) -> (String, String) {
 }
 
 /// Migrates with one fault, judges what is left, and says what that is.
-fn inject(place: Place, fault: Fault) -> Result<String> {
-    let options = small();
-    let mut source = Running::boot(&options)?;
-    let mut destination = Running::wait_for(&options)?;
+fn inject(place: Place, fault: Fault, over: Over<'_>) -> Result<String> {
+    let (mut source, mut destination, uri) = pair(over)?;
     let before = source.guest.counter(0);
     let mut lives = [fault != Fault::KillSource, fault != Fault::KillDestination];
     let mut answers = [Value::Null, Value::Null];
@@ -189,7 +221,7 @@ fn inject(place: Place, fault: Fault) -> Result<String> {
                 _ => destination.vmm.pid(),
             };
             let mut killer = kill_at(victim, probe)?;
-            let uri = json!({ "uri": destination.uri() });
+            let uri = json!({ "uri": uri });
             // The source may be killed before it has answered.
             let begun = source.vmm.qmp.execute("migrate", uri);
             ensure!(begun.is_ok() || !lives[0], "{begun:?}");
@@ -232,6 +264,23 @@ fn inject(place: Place, fault: Fault) -> Result<String> {
         }
     }
     judge(&mut source, &mut destination, before, &mut lives, &answers)
+}
+
+/// Two monitors, and where the second one listens.
+fn pair(over: Over<'_>) -> Result<(Running, Running, String)> {
+    let Over::TlsLanes(folder) = over else {
+        let options = small();
+        let source = Running::boot(&options)?;
+        let destination = Running::wait_for(&options)?;
+        let uri = destination.uri();
+        return Ok((source, destination, uri));
+    };
+    let mut source = Running::boot(&migrate_tls::options(folder, "client"))?;
+    let server = migrate_tls::options(folder, "server");
+    let (destination, port) = migrate_tls::wait_for(&server, "tls")?;
+    migrate_tls::use_lanes(&mut source)?;
+    let uri = format!("tls:{}:{port}", migrate_tls::HOST);
+    Ok((source, destination, uri))
 }
 
 /// Whether a migration is under way or over. A source that died before it connected leaves behind a

@@ -10,10 +10,10 @@ use tempfile::TempDir;
 
 use crate::migrate::{LIMIT, Running};
 
-const HOST: &str = "127.0.0.1";
+pub(crate) const HOST: &str = "127.0.0.1";
 
 /// Credentials of one CA for a source and a destination, in one folder.
-fn credentials() -> Result<TempDir> {
+pub(crate) fn credentials() -> Result<TempDir> {
     let folder = tempfile::tempdir()?;
     let ca = Authority::new();
     ca.trust(folder.path());
@@ -23,7 +23,7 @@ fn credentials() -> Result<TempDir> {
 }
 
 /// A monitor that has those in `folder` as the object `tls0`.
-fn options(folder: &Path, endpoint: &str) -> VmmOptions {
+pub(crate) fn options(folder: &Path, endpoint: &str) -> VmmOptions {
     let object = format!(
         "tls-creds-x509,id=tls0,dir={},endpoint={endpoint}",
         folder.display()
@@ -37,7 +37,7 @@ fn options(folder: &Path, endpoint: &str) -> VmmOptions {
 }
 
 /// A destination on loopback, and its port.
-fn wait_for(options: &VmmOptions, transport: &str) -> Result<(Running, String)> {
+pub(crate) fn wait_for(options: &VmmOptions, transport: &str) -> Result<(Running, String)> {
     let mut vmm = Vmm::spawn(&options.incoming("defer"))?;
     let here = json!({ "uri": format!("{transport}:{HOST}:0") });
     vmm.qmp.execute("migrate-incoming", here)?;
@@ -64,16 +64,23 @@ fn a_guest_moves_by_tls() -> Result<()> {
     there.runs()
 }
 
+/// Lets the guest go over four connections for pages.
+pub(crate) fn use_lanes(source: &mut Running) -> Result<()> {
+    let qmp = &mut source.vmm.qmp;
+    let multifd = json!({ "capabilities": [{ "capability": "multifd", "state": true }] });
+    qmp.execute("migrate-set-capabilities", multifd)?;
+    qmp.execute("migrate-set-parameters", json!({ "multifd-channels": 4 }))?;
+    Ok(())
+}
+
 /// Each of the connections proves who it is.
 #[test]
 fn a_guest_moves_by_tls_over_several_connections() -> Result<()> {
     let folder = credentials()?;
     let mut source = Running::boot(&options(folder.path(), "client"))?;
     let (mut there, port) = wait_for(&options(folder.path(), "server"), "tls")?;
+    use_lanes(&mut source)?;
     let qmp = &mut source.vmm.qmp;
-    let multifd = json!({ "capabilities": [{ "capability": "multifd", "state": true }] });
-    qmp.execute("migrate-set-capabilities", multifd)?;
-    qmp.execute("migrate-set-parameters", json!({ "multifd-channels": 4 }))?;
     let answer = qmp.migrate(&format!("tls:{HOST}:{port}"), LIMIT)?;
     ensure!(answer["status"] == "completed", "{answer}");
     there.runs()
