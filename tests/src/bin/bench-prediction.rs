@@ -4,7 +4,6 @@
 //! Guests of different kinds are handed on from monitor to monitor. Prints one JSON object a line for
 //! each migration.
 
-use std::env::consts::ARCH;
 use std::process::ExitCode;
 use std::time::Duration;
 
@@ -16,13 +15,6 @@ use serde_json::{Value, json};
 /// How long a guest may take to set itself up, and a migration to end.
 const LIMIT: Duration = Duration::from_secs(120);
 
-/// What guests keep dirty.
-const DIRTY: [&str; 4] = ["64K", "1M", "4M", "16M"];
-/// Devices and events of each that guests map in an ITS.
-const MAPPED: [(u32, u32); 3] = [(0, 1), (16, 16), (256, 16)];
-/// Their vCPUs.
-const CPUS: [u32; 2] = [1, 2];
-
 /// Hands guests of different kinds on from monitor to monitor.
 #[derive(Parser)]
 #[command(name = "bench-prediction")]
@@ -33,6 +25,15 @@ struct Arguments {
     /// Downtime limits, ms, that the migrations of a guest have in turn.
     #[arg(long, required = true, value_delimiter = ',')]
     limits: Vec<u64>,
+    /// What guests keep dirty.
+    #[arg(long, required = true, value_delimiter = ',')]
+    dirty: Vec<String>,
+    /// Devices and events of each that guests map in an ITS, as 16x16; 0x1 for none.
+    #[arg(long, required = true, value_delimiter = ',')]
+    its: Vec<String>,
+    /// Their vCPUs.
+    #[arg(long, required = true, value_delimiter = ',')]
+    cpus: Vec<u32>,
 }
 
 fn main() -> ExitCode {
@@ -40,20 +41,13 @@ fn main() -> ExitCode {
 }
 
 fn run(arguments: &Arguments) -> Result<()> {
-    let mapped = match ARCH {
-        "aarch64" => &MAPPED[..],
-        _ => &MAPPED[..1],
-    };
-    for &(devices, events) in mapped {
-        for cpus in CPUS {
-            for dirty in DIRTY {
-                let its = match devices {
-                    0 => String::new(),
-                    _ => format!(" its_devices={devices} its_events={events}"),
-                };
+    for its in &arguments.its {
+        let (devices, events) = its.split_once('x').context("DEVICESxEVENTS is wanted")?;
+        for &cpus in &arguments.cpus {
+            for dirty in &arguments.dirty {
                 let options = VmmOptions {
                     cpus,
-                    cmdline: format!("dirty={dirty}{its}"),
+                    cmdline: format!("dirty={dirty} its_devices={devices} its_events={events}"),
                     ..VmmOptions::default()
                 };
                 hand_on(arguments, &options)?;

@@ -43,6 +43,22 @@ pub(crate) struct Arguments {
     /// Let the testbed's clock count instructions, which nothing else on this machine disturbs.
     #[arg(long, requires = "testbed")]
     icount: bool,
+    /// Bytes that guests keep dirty.
+    #[arg(long, value_delimiter = ',', default_value = "64K,1M,4M,16M")]
+    dirty: Vec<String>,
+    /// Devices and events of each that guests map in an ITS; here there is none.
+    #[arg(
+        long,
+        value_name = "DEVICESxEVENTS",
+        value_delimiter = ',',
+        default_value = "0x1",
+        default_value_if("testbed", "true", "0x1,16x16,256x16"),
+        requires = "testbed"
+    )]
+    its: Vec<String>,
+    /// vCPUs of the guests.
+    #[arg(long, value_delimiter = ',', default_value = "1,2")]
+    cpus: Vec<String>,
     /// Where `prediction.json` goes.
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
@@ -218,12 +234,13 @@ fn note(migrations: &mut Vec<Migration>, migration: Migration) {
     migrations.push(migration);
 }
 
-fn options(arguments: &Arguments, limits: &str) -> [String; 4] {
-    let hops = arguments.hops.to_string();
-    [
-        "--hops".to_owned(),
-        hops,
-        "--limits".to_owned(),
-        limits.to_owned(),
-    ]
+fn options(arguments: &Arguments, limits: &str) -> Vec<String> {
+    let options = [
+        ["--hops", &arguments.hops.to_string()],
+        ["--limits", limits],
+        ["--dirty", &arguments.dirty.join(",")],
+        ["--its", &arguments.its.join(",")],
+        ["--cpus", &arguments.cpus.join(",")],
+    ];
+    options.into_iter().flatten().map(str::to_owned).collect()
 }
