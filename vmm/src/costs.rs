@@ -117,6 +117,11 @@ impl Recent {
         self.0.is_empty()
     }
 
+    /// How often it was measured lately.
+    pub(crate) fn count(&self) -> usize {
+        self.0.len()
+    }
+
     /// What it is expected to take; 0 if it was never measured.
     pub(crate) fn median(&self) -> u64 {
         let mut sorted = self.0.clone();

@@ -76,11 +76,17 @@ impl Fixed {
         if costs.rest.is_empty() {
             costs.rest = Recent::one(rest_ns);
         }
+        // A single stop may have been disturbed; two tell what the rehearsal can't know, such as how much
+        // the guest has mapped in its ITS, which the destination restores.
+        let least = |recent: &Recent, rehearsed_ns: u64| match recent.count() {
+            0 | 1 => recent.least().min(rehearsed_ns),
+            _ => recent.least(),
+        };
         let parts = costs.parts.iter().map(|(name, recent)| {
             let rehearsed_ns = rehearsed.get(name).copied();
-            recent.least().min(rehearsed_ns.unwrap_or(u64::MAX))
+            least(recent, rehearsed_ns.unwrap_or(u64::MAX))
         });
-        let rest_ns = costs.rest.least().min(rest_ns);
+        let rest_ns = least(&costs.rest, rest_ns);
         Fixed {
             least_ns: parts.fold(rest_ns, u64::saturating_add),
             basis,
@@ -89,8 +95,9 @@ impl Fixed {
     }
 
     /// The least it can be hoped for: what each part took when nothing disturbed it, be it the guest's
-    /// or the rehearsal's. Below this no limit can be kept. It is not the expectation that a limit is
-    /// refused by: a guest whose only stop was disturbed would never be stopped again.
+    /// or, of a guest that was stopped once at most, the rehearsal's. Below this no limit can be kept. It is
+    /// not the expectation that a limit is refused by: a guest whose only stop was disturbed would never be
+    /// stopped again.
     pub(super) fn least_ns(&self) -> u64 {
         self.least_ns
     }
@@ -305,6 +312,9 @@ mod tests {
         assert_eq!(fixed.total_ns(), 70 + 5 + 8 + 10 + 1);
         let disturbed = rehearsed(costs(&known, Some(900)));
         assert_eq!(disturbed.least_ns(), 3 + 5 + 8 + 10 + 324);
+        let mut twice = costs(&known, Some(900));
+        twice.learn(&costs(&known, Some(800)));
+        assert_eq!(rehearsed(twice).least_ns(), 70 + 5 + 8 + 10 + 800);
     }
 
     #[test]
