@@ -130,9 +130,9 @@ struct Progress {
 }
 
 fn watch(source: &Watched, destination: &Watched, vcpus: usize, limit: Duration) -> Result<Seen> {
-    let nap = match source.guest.stamp(0) {
-        0 => prepare()?,
-        _ => LONG_NAP,
+    let nap = match (prepare()?, source.guest.stamp(0)) {
+        (nap, 0) => nap,
+        (nap, _) => nap.max(LONG_NAP),
     };
     let limit = u64::try_from(limit.as_nanos())?;
     let start = now_ns()?;
@@ -145,6 +145,7 @@ fn watch(source: &Watched, destination: &Watched, vcpus: usize, limit: Duration)
         error_ns: 0,
         delay_ns: source.delay.ns()?,
     };
+    let mut delay_ns = last.delay_ns;
     loop {
         let mut progress = false;
         for (index, (known, stamps)) in counters.iter_mut().zip(&mut stamps).enumerate() {
@@ -160,12 +161,14 @@ fn watch(source: &Watched, destination: &Watched, vcpus: usize, limit: Duration)
             .any(|(i, &known)| destination.guest.counter(i) > known);
         let now = now_ns()?;
         if progress {
+            // As of the look before: the progress may be from then, and all the waiting since.
             last = Progress {
                 at_ns: now,
                 error_ns: now - before,
-                delay_ns: source.delay.ns()?,
+                delay_ns,
             };
         }
+        delay_ns = source.delay.ns()?;
         if alive {
             let source_ns = source.delay.ns()? - last.delay_ns;
             let destination_ns = destination.delay.ns()? - waited_ns;
