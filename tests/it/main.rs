@@ -18,6 +18,7 @@ mod linux_load;
 mod migrate;
 mod migrate_control;
 mod migrate_faults;
+mod migrate_network;
 mod migrate_oneway;
 mod migrate_shared;
 mod migrate_tls;

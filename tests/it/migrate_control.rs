@@ -16,12 +16,12 @@ fn small() -> VmmOptions {
     }
 }
 
-fn wait_status(running: &mut Running, wanted: &str) -> Result<Value> {
+pub(crate) fn wait_status(running: &mut Running, wanted: &str) -> Result<Value> {
     wait_until(running, |answer| answer["status"] == wanted)
 }
 
 /// Asks until the answer to `query-migrate` is as `wanted`.
-fn wait_until(running: &mut Running, wanted: impl Fn(&Value) -> bool) -> Result<Value> {
+pub(crate) fn wait_until(running: &mut Running, wanted: impl Fn(&Value) -> bool) -> Result<Value> {
     let until = Instant::now() + LIMIT;
     loop {
         let answer = running.vmm.qmp.execute("query-migrate", Value::Null)?;
