@@ -55,7 +55,8 @@ impl Vm {
     /// entries if there is a number.
     ///
     /// # Errors
-    /// `ENOENT` or `EACCES` when `/dev/kvm` can't be opened, and as [`DirtyRings::enable`].
+    /// `ENOENT` or `EACCES` when `/dev/kvm` can't be opened; `ENOTSUP`, `E2BIG` or `EINVAL` when there can be
+    /// no such rings.
     pub fn new(dirty_ring_size: Option<u32>) -> Result<Self> {
         let kvm = Kvm::new().map_err(|e| Error::new("open", "/dev/kvm", e))?;
         let fd = kvm
