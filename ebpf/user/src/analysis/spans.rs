@@ -2,7 +2,7 @@
 //!
 //! A thread's spans nest: an end closes the innermost open span of its name. What breaks the rule
 //! (a lost event, a killed process, a probe without its twin) is kept and said, never hidden.
-//! No thread has more than [`DEEPEST`] spans open, so that what is around one is found soon.
+//! No thread has more than `DEEPEST` spans open, so that what is around one is found soon.
 
 #[cfg(test)]
 mod tests;
