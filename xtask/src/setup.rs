@@ -148,6 +148,10 @@ fn needs(purposes: &[Purpose]) -> Vec<Box<dyn Need>> {
             package: "socat",
         }));
         needs.push(Box::new(Program {
+            name: "tc",
+            package: "iproute2",
+        }));
+        needs.push(Box::new(Program {
             name: "node",
             package: "nodejs",
         }));
