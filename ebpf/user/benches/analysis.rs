@@ -13,10 +13,9 @@ use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
-use blackout::recording::{
-    ArgDef, FdKind, Frame, Header, Hit, Ioctl, ProbeDef, Process, Value, ValueKind, Writer,
-};
-use blackout_abi::probes::{self, ArgKind, PROBES, PROVIDER};
+use blackout::import::definitions;
+use blackout::recording::{FdKind, Frame, Header, Hit, Ioctl, Process, Value, Writer};
+use blackout_abi::probes;
 
 /// Events of the recordings, in millions.
 const MILLIONS: [u64; 2] = [1, 4];
@@ -98,21 +97,8 @@ fn write(path: &Path, events: u64) -> Result<()> {
     let (pid, tid) = (4711, 4712);
     let (comm, exe) = ("monitor".to_owned(), "/usr/bin/monitor".to_owned());
     writer.write(&Frame::Process(Process { pid, comm, exe }))?;
-    for (id, probe) in (0..).zip(PROBES) {
-        let args = probe.args.iter().map(|arg| ArgDef {
-            name: arg.name.to_owned(),
-            kind: match arg.kind {
-                ArgKind::U64 => ValueKind::U64,
-                ArgKind::I64 => ValueKind::I64,
-                ArgKind::Str => ValueKind::Str,
-            },
-        });
-        writer.write(&Frame::Probe(ProbeDef {
-            id,
-            provider: PROVIDER.to_owned(),
-            name: probe.name.to_owned(),
-            args: args.collect(),
-        }))?;
+    for probe in definitions() {
+        writer.write(&Frame::Probe(probe))?;
     }
     let hit = |writer: &mut Writer<_>, ts_ns, name: &str, args: Vec<Value>| -> Result<()> {
         let probe = probes::probe_id(name).with_context(|| format!("no probe {name}"))?;

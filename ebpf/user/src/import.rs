@@ -168,8 +168,8 @@ pub fn perf(
     for ((pid, tid), name) in tasks {
         writer.write(&Frame::Thread(Thread { pid, tid, name }))?;
     }
-    for (id, probe) in PROBES.iter().enumerate() {
-        writer.write(&Frame::Probe(definition(id, probe)))?;
+    for probe in definitions() {
+        writer.write(&Frame::Probe(probe))?;
     }
     let hits = frames
         .iter()
@@ -270,7 +270,12 @@ fn first_run(line: &Line<'_>) -> VcpuEdges {
     }
 }
 
-fn definition(id: usize, probe: &Probe) -> ProbeDef {
+/// How a recording defines the monitor's own probes. Their ids are their places in the table.
+pub fn definitions() -> impl Iterator<Item = ProbeDef> {
+    (0..).zip(PROBES).map(|(id, probe)| definition(id, probe))
+}
+
+fn definition(id: u32, probe: &Probe) -> ProbeDef {
     let args = probe.args.iter().map(|arg| ArgDef {
         name: arg.name.to_owned(),
         kind: match arg.kind {
@@ -280,7 +285,7 @@ fn definition(id: usize, probe: &Probe) -> ProbeDef {
         },
     });
     ProbeDef {
-        id: id as u32,
+        id,
         provider: PROVIDER.to_owned(),
         name: probe.name.to_owned(),
         args: args.collect(),

@@ -106,18 +106,8 @@ fn in_testbed(arguments: &Arguments) -> Result<Vec<Run>> {
     let options = options(arguments);
     let mut program = vec!["bench-boot"];
     program.extend(options.iter().map(String::as_str));
-    let mut runs = Vec::new();
-    let finished =
-        testbed.run(
-            &program,
-            Duration::from_secs(600),
-            |line| match serde_json::from_str(line) {
-                Ok(run) => runs.push(run),
-                Err(_) => eprintln!("{line}"),
-            },
-        )?;
-    anyhow::ensure!(finished.status == 0, "bench-boot failed in the testbed");
-    Ok(runs)
+    let limit = Duration::from_secs(600);
+    compare::in_testbed(&testbed, &program, limit, Vec::push)
 }
 
 fn options(arguments: &Arguments) -> [String; 4] {

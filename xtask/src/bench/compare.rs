@@ -4,12 +4,14 @@ use std::fs;
 use std::io::{BufRead, BufReader};
 use std::path::Path;
 use std::process::{Command, Stdio};
+use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use crate::paths;
+use crate::testbed::{STARTED_AGAIN, Testbed};
 
 /// Runs a program that prints one JSON object a line, and hands each on.
 ///
@@ -31,6 +33,32 @@ pub(super) fn each_line<T: DeserializeOwned>(
     let status = child.wait()?;
     ensure!(status.success(), "{command:?} ended with {status}");
     Ok(())
+}
+
+/// Runs a program in a testbed that prints one JSON object a line, among other things, and hands each to
+/// `note` with those before it. Returns all of them.
+///
+/// # Errors
+/// When the testbed does not run, or the program fails there.
+pub(super) fn in_testbed<T: DeserializeOwned>(
+    testbed: &Testbed,
+    program: &[&str],
+    limit: Duration,
+    note: impl Fn(&mut Vec<T>, T),
+) -> Result<Vec<T>> {
+    let mut figures = Vec::new();
+    let finished = testbed.run(program, limit, |line| {
+        if line == STARTED_AGAIN {
+            // What was measured before the hang is measured again.
+            figures.clear();
+        }
+        match serde_json::from_str(line) {
+            Ok(figure) => note(&mut figures, figure),
+            Err(_) => eprintln!("{line}"),
+        }
+    })?;
+    ensure!(finished.status == 0, "{program:?} failed in the testbed");
+    Ok(figures)
 }
 
 /// Writes a benchmark's figures to `folder`, or to where all go, and says where.

@@ -11,7 +11,7 @@ use std::path::PathBuf;
 use std::process::Command;
 use std::time::Duration;
 
-use anyhow::{Result, ensure};
+use anyhow::Result;
 use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
@@ -20,7 +20,7 @@ use super::compare::{self, Ratio, median, ratio};
 use crate::artifacts::{self, Platform};
 use crate::kernel::{Arch, Kernel, Package, Series};
 use crate::setup::{self, Purpose};
-use crate::testbed::{Mode, STARTED_AGAIN, Testbed};
+use crate::testbed::{Mode, Testbed};
 
 /// A migration there takes half a minute, with its monitors' start.
 const TESTBED_LIMIT: Duration = Duration::from_secs(7200);
@@ -144,19 +144,7 @@ fn in_testbed(arguments: &Arguments) -> Result<Vec<Migration>> {
     program.extend(options(arguments));
     program.extend(["--its".to_owned(), arguments.its.clone()]);
     let program: Vec<_> = program.iter().map(String::as_str).collect();
-    let mut migrations = Vec::new();
-    let finished = testbed.run(&program, TESTBED_LIMIT, |line| {
-        if line == STARTED_AGAIN {
-            // What was measured before the hang is measured again.
-            migrations.clear();
-        }
-        match serde_json::from_str(line) {
-            Ok(migration) => note(&mut migrations, migration),
-            Err(_) => eprintln!("{line}"),
-        }
-    })?;
-    ensure!(finished.status == 0, "bench-downtime failed in the testbed");
-    Ok(migrations)
+    compare::in_testbed(&testbed, &program, TESTBED_LIMIT, note)
 }
 
 fn options(arguments: &Arguments) -> Vec<String> {

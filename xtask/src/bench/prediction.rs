@@ -17,7 +17,7 @@ use super::compare::{self, median};
 use crate::artifacts::{self, Platform};
 use crate::kernel::{Arch, Kernel, Package, Series};
 use crate::setup::{self, Purpose};
-use crate::testbed::{Mode, STARTED_AGAIN, Testbed};
+use crate::testbed::{Mode, Testbed};
 
 /// A prediction is right if it is off by no more than this share of what came, or this long.
 const RIGHT_SHARE: f64 = 0.20;
@@ -197,22 +197,7 @@ fn in_testbed(arguments: &Arguments) -> Result<Vec<Migration>> {
     let options = options(arguments, limits);
     let mut program = vec!["bench-prediction"];
     program.extend(options.iter().map(String::as_str));
-    let mut migrations = Vec::new();
-    let finished = testbed.run(&program, Duration::from_secs(3600), |line| {
-        if line == STARTED_AGAIN {
-            // What was measured before the hang is measured again.
-            migrations.clear();
-        }
-        match serde_json::from_str(line) {
-            Ok(migration) => note(&mut migrations, migration),
-            Err(_) => eprintln!("{line}"),
-        }
-    })?;
-    ensure!(
-        finished.status == 0,
-        "bench-prediction failed in the testbed"
-    );
-    Ok(migrations)
+    compare::in_testbed(&testbed, &program, Duration::from_secs(3600), note)
 }
 
 fn note(migrations: &mut Vec<Migration>, migration: Migration) {
