@@ -167,7 +167,7 @@ fn a_disk_that_is_full_has_no_place_for_pages_and_lets_the_guest_run_on() -> Res
 
 fn full_disk(mut source: Running) -> Result<()> {
     let small = source.vmm.dir().join("small");
-    let Some(_mounted) = Mounted::new(&small, "size=1m")? else {
+    let Some(_mounted) = Mounted::new(&small, "size=64k")? else {
         skip!("this user can't mount a file system");
     };
     let path = small.join("guest");

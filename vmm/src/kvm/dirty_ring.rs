@@ -6,8 +6,9 @@
 //! without, as a ring that is full makes its vCPU wait.
 //!
 //! KVM stops a vCPU while its ring has a few entries left for what it writes on the way out. A KVM that
-//! writes more than that overwrites entries that nobody has seen. So a ring of which every entry is taken
-//! may have had more, and what was written is not known any more.
+//! writes more than that overwrites entries that nobody has seen, or that were given back and whose pages are
+//! not protected yet. So a ring of which every entry is taken, or that the kernel does not reset to where it
+//! was emptied, may have lost some, and what was written is not known any more.
 //!
 //! Documentation/virt/kvm/api.rst, 8.29.
 
@@ -61,8 +62,6 @@ struct State {
     pages: Vec<DirtyPage>,
     /// Something was in them that was overwritten.
     overflowed: bool,
-    /// Entries were given back that the kernel has not taken.
-    given_back: bool,
     /// How long `pages` may get before it is looked through again.
     most: usize,
 }
@@ -142,7 +141,10 @@ impl DirtyRings {
         self.collect_into(&mut state)?;
         state.tidy();
         if state.overflowed {
-            let subject = format!("vCPUs overran their {} entries", self.entries);
+            let subject = format!(
+                "vCPUs overran their {} entries: use a larger --dirty-ring-size, or none",
+                self.entries
+            );
             let error = errno::Error::new(libc::EOVERFLOW);
             return Err(Error::new("KVM_RESET_DIRTY_RINGS", subject, error));
         }
@@ -159,34 +161,36 @@ impl DirtyRings {
 
     fn collect_into(&self, state: &mut State) -> Result<()> {
         let State { rings, pages, .. } = state;
-        let (mut overflowed, mut given_back) = (false, false);
-        for ring in rings {
-            let taken = ring.empty(pages);
-            overflowed |= taken == self.entries;
-            given_back |= taken > 0;
-        }
-        state.overflowed |= overflowed;
-        state.given_back |= given_back;
-        if !state.given_back {
+        let taken: Vec<_> = rings.iter_mut().map(|ring| ring.empty(pages)).collect();
+        if taken.iter().all(|&taken| taken == 0) {
             return Ok(());
         }
+        self.reset()?;
+        let State { rings, .. } = state;
+        let lost = rings
+            .iter()
+            .zip(&taken)
+            .any(|(ring, &taken)| taken == self.entries || (taken > 0 && !ring.was_reset()));
+        state.overflowed |= lost;
         if state.pages.len() > state.most.max(LIST) {
             state.tidy();
             state.most = 2 * state.pages.len();
         }
-        // SAFETY: the call takes no argument.
-        match unsafe { ioctl(&self.vm, KVM_RESET_DIRTY_RINGS()) } {
-            0.. => {
-                state.given_back = false;
-                Ok(())
+        Ok(())
+    }
+
+    /// `KVM_RESET_DIRTY_RINGS`. A signal for this thread may come in between, but no page is to be handed on
+    /// before it is protected.
+    fn reset(&self) -> Result<()> {
+        loop {
+            // SAFETY: the call takes no argument.
+            if unsafe { ioctl(&self.vm, KVM_RESET_DIRTY_RINGS()) } >= 0 {
+                return Ok(());
             }
-            // A signal for this thread came in between. The rest is taken the next time.
-            _ if errno::Error::last().errno() == libc::EINTR => Ok(()),
-            _ => Err(Error::new(
-                "KVM_RESET_DIRTY_RINGS",
-                "",
-                errno::Error::last(),
-            )),
+            let error = errno::Error::last();
+            if error.errno() != libc::EINTR {
+                return Err(Error::new("KVM_RESET_DIRTY_RINGS", "", error));
+            }
         }
     }
 
@@ -284,7 +288,8 @@ impl Ring {
         gap
     }
 
-    /// The entry that is so many behind the next one, and its flags.
+    /// The entry that is so many behind the next one, and its flags. The numbers wrap, so that `u32::MAX` is
+    /// the one before.
     fn entry(&self, ahead: u32) -> (*mut kvm_dirty_gfn, &AtomicU32) {
         let index = self.next.wrapping_add(ahead) % self.count;
         // SAFETY: `index` is below `count`, for which the mapping has room. The kernel and this process
@@ -297,6 +302,12 @@ impl Ring {
 
     fn is_dirty(&self, ahead: u32) -> bool {
         self.entry(ahead).1.load(Ordering::Acquire) & KVM_DIRTY_GFN_F_DIRTY != 0
+    }
+
+    /// Whether the kernel has taken the entry that was given back last, and with it all before.
+    fn was_reset(&self) -> bool {
+        let last = self.entry(u32::MAX).1;
+        last.load(Ordering::Acquire) & KVM_DIRTY_GFN_F_RESET == 0
     }
 
     /// Gives the next entry back, and returns what is in it.
@@ -382,6 +393,25 @@ mod tests {
         let mut pages = Vec::new();
         assert_eq!(ring.empty(&mut pages), COUNT);
         assert_eq!(pages.len(), COUNT as usize);
+    }
+
+    #[test]
+    fn a_ring_is_reset_when_its_last_entry_is() {
+        let (mut ring, file) = ring();
+        for index in 0..5 {
+            put(&file, index, KVM_DIRTY_GFN_F_DIRTY, 9);
+        }
+        assert_eq!(ring.empty(&mut Vec::new()), 5);
+        assert!(!ring.was_reset());
+        for index in 0..4 {
+            put(&file, index, 0, 0);
+        }
+        assert!(
+            !ring.was_reset(),
+            "the kernel has stopped before the last one"
+        );
+        put(&file, 4, 0, 0);
+        assert!(ring.was_reset());
     }
 
     #[test]

@@ -27,8 +27,8 @@ impl Vcpu {
         }
     }
 
-    /// The rings that have what it writes, if there are any. After an exit because one
-    /// is full (`KVM_EXIT_DIRTY_RING_FULL`) they have to be emptied.
+    /// The rings that have what it writes, if there are any. They have to be emptied
+    /// after `KVM_EXIT_DIRTY_RING_FULL`.
     pub fn dirty_rings(&self) -> Option<Arc<DirtyRings>> {
         self.dirty_rings.clone()
     }

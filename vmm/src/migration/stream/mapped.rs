@@ -122,7 +122,8 @@ impl Place {
     /// # Errors
     /// At the first page that is not RAM, not in the file, or not what the checksum is of.
     pub(super) fn load(&self, ram: &GuestRam, gpa: u64, sums: &[u8]) -> Result<(), Error> {
-        let mut buffer = [0; PAGE * BATCH as usize];
+        let most = (sums.len() / SUM_LEN).min(BATCH as usize);
+        let mut buffer = vec![0; PAGE * most];
         let mut gpa = gpa;
         for sums in sums.chunks(SUM_LEN * BATCH as usize) {
             let pages = &mut buffer[..PAGE * (sums.len() / SUM_LEN)];

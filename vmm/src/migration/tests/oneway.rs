@@ -68,14 +68,18 @@ fn a_guest_is_saved_and_restored_by_files_and_commands() {
     }
 }
 
+/// Whoever saves there gives pages places of their own.
+fn mapped() -> Bench {
+    let bench = Bench::new();
+    let settings = bench.source.settings();
+    settings.set_capabilities(&[(Capability::MappedRam, true)]);
+    bench
+}
+
 #[test]
 fn pages_with_places_of_their_own_are_saved_once_each() {
-    let bench = Bench::new();
+    let bench = mapped();
     let path = bench.folder.path().join("guest");
-    bench
-        .source
-        .settings()
-        .set_capabilities(&[(Capability::MappedRam, true)]);
     for offset in [0, 5, 3 << 20] {
         let (source, target) = (Fake::source(), Fake::target());
         let uri = file(&path, offset);
@@ -120,11 +124,7 @@ fn pages_with_places_of_their_own_are_saved_once_each() {
 
 #[test]
 fn half_a_guest_is_not_followed_by_the_end_of_another() {
-    let bench = Bench::new();
-    bench
-        .source
-        .settings()
-        .set_capabilities(&[(Capability::MappedRam, true)]);
+    let bench = mapped();
     let path = bench.folder.path().join("guest");
     let uri = file(&path, 0);
     run_source(
@@ -152,11 +152,7 @@ fn half_a_guest_is_not_followed_by_the_end_of_another() {
 
 #[test]
 fn pages_have_places_in_files_only() {
-    let bench = Bench::new();
-    bench
-        .source
-        .settings()
-        .set_capabilities(&[(Capability::MappedRam, true)]);
+    let bench = mapped();
     let path = bench.folder.path().join("guest");
     let source = Fake::source();
     let (_reader, writer) = io::pipe().unwrap();
