@@ -142,6 +142,10 @@ struct Killed(Child);
 
 impl Drop for Killed {
     fn drop(&mut self) {
+        // The number of a child that has ended and was waited for may be another process's by now.
+        if !matches!(self.0.try_wait(), Ok(None)) {
+            return;
+        }
         let tree = stopped(self.0.id());
         // All of these fail only for a process that has ended already.
         for pid in tree {
