@@ -170,8 +170,12 @@ pub(crate) fn build_counter_of(workspace: &Path, target: &Path) -> Result<Counte
 
 /// Builds the integration tests for `platform`: name and path of each test program.
 pub(crate) fn build_tests(platform: Platform) -> Result<BTreeMap<String, PathBuf>> {
+    let object = build_bpf(platform)?;
     let mut cargo = cargo(platform, "test")?;
-    cargo.args(["--package", "blackout-tests", "--tests", "--no-run"]);
+    cargo
+        .args(["--package", "blackout-tests", "--tests", "--no-run"])
+        // As in `build`: without it, each of the two would make the tool anew after the other.
+        .env("BLACKOUT_BPF_OBJECT", &object);
     executables(&mut cargo, Harness::Libtest)
 }
 
