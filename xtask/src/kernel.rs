@@ -121,7 +121,7 @@ impl Package {
     pub(crate) fn modules(self) -> impl Iterator<Item = &'static str> {
         let last: &[&str] = match (self.flavour, self.arch) {
             // The power button of guests that boot the same kernel; tap interfaces and the bridge
-            // between them; the network between two testbeds.
+            // between them; networks that are slow and that lose packets.
             (Flavour::Generic, Arch::Aarch64) => &[
                 "evdev",
                 "gpio_keys",
@@ -129,9 +129,8 @@ impl Package {
                 "stp",
                 "bridge",
                 "tun",
-                "failover",
-                "net_failover",
-                "virtio_net",
+                "sch_tbf",
+                "sch_netem",
             ],
             (Flavour::Generic, Arch::X86_64) => &[
                 "irqbypass",

@@ -41,7 +41,7 @@ pub(crate) enum Purpose {
     Test,
     /// Running the tests that take long.
     SlowTest,
-    /// Having bpftrace, perf, gdb and QEMU in the arm64 testbed.
+    /// Having bpftrace, perf, gdb, QEMU and tc in the arm64 testbed.
     StockTools,
     /// Looking at the HTML report in a real browser, as its tests then do.
     Browser,

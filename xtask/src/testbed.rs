@@ -36,7 +36,7 @@ pub(crate) struct Arguments {
     /// Show it the tests' Linux guests, as /share/linux.
     #[arg(long)]
     linux: bool,
-    /// Give it Debian's bpftrace, perf, gdb and QEMU (arm64).
+    /// Give it Debian's bpftrace, perf, gdb, QEMU and tc (arm64).
     #[arg(long)]
     tools: bool,
     /// The testbed's memory in MiB.

@@ -1,4 +1,4 @@
-//! Debian's bpftrace, perf, gdb and QEMU for the arm64 testbed, with the libraries that they need.
+//! Debian's bpftrace, perf, gdb, QEMU and tc for the arm64 testbed, with the libraries that they need.
 
 use std::fs;
 use std::path::PathBuf;
@@ -10,8 +10,15 @@ use crate::kernel::Arch;
 use crate::paths;
 
 /// The programs, and the packages that have them.
-const PROGRAMS: [&str; 4] = ["bpftrace", "perf", "gdb", "qemu-system-aarch64"];
-const PACKAGES: [&str; 4] = ["bpftrace", "linux-perf", "gdb", "qemu-system-arm"];
+const PROGRAMS: [&str; 5] = ["bpftrace", "perf", "gdb", "qemu-system-aarch64", "tc"];
+const PACKAGES: [&str; 5] = [
+    "bpftrace",
+    "linux-perf",
+    "gdb",
+    "qemu-system-arm",
+    "iproute2",
+];
+const FOLDERS: [&str; 2] = ["bin", "sbin"];
 
 /// What nobody reads in a testbed.
 const UNREAD: [&str; 3] = ["doc", "locale", "man"];
@@ -31,8 +38,8 @@ impl Need for StockTools {
 
     fn found(&self) -> Result<Option<String>> {
         let folder = folder()?;
-        let there = |name: &&str| folder.join("bin").join(name).is_file();
-        let complete = PROGRAMS.iter().all(there);
+        let there = |name: &str| FOLDERS.map(|sub| folder.join(sub).join(name).is_file());
+        let complete = PROGRAMS.iter().all(|name| there(name).contains(&true));
         Ok(complete.then(|| folder.display().to_string()))
     }
 
