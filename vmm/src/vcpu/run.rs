@@ -74,7 +74,9 @@ impl Runner {
         loop {
             match vcpu.run() {
                 Ok(Exit::Unsupported(KVM_EXIT_DIRTY_RING_FULL)) => {
-                    let collected = rings.as_ref().map_or(Ok(()), |rings| rings.collect());
+                    let collected = rings
+                        .as_ref()
+                        .map_or(Ok(()), |rings| rings.collect(vcpu.index()));
                     request = collected.err().map(internal_error).or(request);
                 }
                 Ok(exit) => request = settle(exit, &self.buses).or(request),
