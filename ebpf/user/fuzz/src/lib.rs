@@ -12,6 +12,7 @@ use blackout::report::{schema::Report, text};
 use blackout::sets::{self, collect::Collector};
 use blackout::top::{model::Model, screen};
 use blackout::watch::metrics::Metrics;
+use tempfile::NamedTempFile;
 
 /// The recording that `data` stands for. Its first byte says how: as the file's own bytes, as frames
 /// whose lengths are right, or as frames that this version writes, with any numbers in them.
@@ -85,5 +86,18 @@ pub fn all(bytes: &[u8]) -> Result<(), Error> {
         }
     }
     screen::text(&model, 80, 24);
+    by_parts(bytes)
+}
+
+/// What is made of a file that is too long to be held: it is read again and again, a part at a time.
+fn by_parts(bytes: &[u8]) -> Result<(), Error> {
+    let mut file = NamedTempFile::new_in("/dev/shm").expect("there is shared memory");
+    file.write_all(bytes).expect("there is shared memory left");
+    let recordings = Loaded::read_migrations(file.path())?;
+    let migrations = analysis::find(&recordings);
+    let out = &mut io::sink();
+    chrome::write(out, &recordings, &migrations)
+        .and_then(|()| perfetto::write(out, &recordings, &migrations))
+        .expect("the file is still there");
     Ok(())
 }

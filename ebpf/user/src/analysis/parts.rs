@@ -12,8 +12,9 @@ use super::thread::{Process, Thread};
 use crate::recording::{Error, Frame, Ioctl, KernelFn, VcpuGap};
 
 /// So much is held of a recording while its parts are made, each unit being an event of [`UNIT`] bytes.
-/// What comes later in the file than this, but was earlier, stands in too late a part.
-const HELD: usize = 1 << 17;
+/// What comes later in the file than this, but was earlier, stands in too late a part. A fuzzer's files
+/// are short, and are to have parts.
+const HELD: usize = if cfg!(fuzzing) { 1 << 4 } else { 1 << 17 };
 
 /// The bytes of an event's own strings that count as one more event.
 const UNIT: usize = 128;
