@@ -13,8 +13,8 @@ use serde_json::{Value, json};
 const BOOT: Duration = Duration::from_secs(240);
 /// A boot, a login or a shutdown of a whole Debian there.
 const SYSTEMD: Duration = Duration::from_secs(600);
-/// An answer of a guest that has booted.
-const ANSWER: Duration = Duration::from_secs(60);
+/// An answer of a guest that has booted; there, each character that is typed takes many exits.
+const ANSWER: Duration = Duration::from_secs(300);
 
 const NEWEST: &str = "kernel-6.12";
 const OLDEST: &str = "kernel-6.1";
