@@ -22,6 +22,8 @@ use crate::migrate_tls;
 const WORKERS: usize = 6;
 /// How long a guest that runs may take to show it.
 const GLANCE: Duration = Duration::from_millis(40);
+/// A connection that says nothing is given up after 30 s by each side, and by both at the same time.
+const GIVEN_UP: Duration = Duration::from_secs(60);
 
 /// Messages by their kind, who sends them, and how many of a kind there are at least.
 const MESSAGES: [(&str, u16, Way, u32); 14] = [
@@ -249,7 +251,7 @@ fn inject(place: Place, fault: Fault, over: Over<'_>) -> Result<String> {
                 Fault::KillSource => source.vmm.kill()?,
                 Fault::KillDestination => destination.vmm.kill()?,
                 Fault::Cancel => drop(source.vmm.qmp.execute("migrate_cancel", Value::Null)?),
-                Fault::Stall => answers[0] = source.vmm.qmp.wait_migrated(LIMIT)?,
+                Fault::Stall => answers[0] = source.vmm.qmp.wait_migrated(GIVEN_UP)?,
                 Fault::Cut | Fault::Flip => {}
             }
             proxy.release();

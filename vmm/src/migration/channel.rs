@@ -223,8 +223,10 @@ impl Channel {
     /// side has sent meanwhile is read and thrown away.
     pub(super) fn give_up(mut self, reason: String, spans: Vec<SpanRecord>) {
         self.pulse = None;
-        // Nobody is left to tell when this fails.
-        if self.send(&Failure { reason, spans }).is_err() {
+        // Nobody is left to tell when this fails. Who does not read what was sent before is not waited
+        // for any more.
+        let told = self.wire.set_patience(FAREWELL);
+        if told.is_err() || self.send(&Failure { reason, spans }).is_err() {
             return;
         }
         self.wire.linger(FAREWELL);
@@ -274,5 +276,35 @@ impl Drop for Pulse {
         drop(self.stop.take());
         // A thread that panicked has already said why on stderr.
         let _ = self.thread.take().map(JoinHandle::join);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::time::Instant;
+
+    use socket2::{Domain, Socket, Type};
+
+    use super::super::stream::message::Ping;
+    use super::*;
+
+    #[test]
+    fn who_gives_up_does_not_wait_for_a_side_that_does_not_read() {
+        let (here, _there) = Socket::pair(Domain::UNIX, Type::STREAM, None).unwrap();
+        let wire = Wire::from(here);
+        let patience = Patience {
+            silence: Duration::from_secs(120),
+            ..Patience::default()
+        };
+        let mut channel = Channel::new(wire.clone(), patience).unwrap();
+        while wire.has_room() {
+            channel.send(&Ping { t1: 0 }).unwrap();
+        }
+        wire.set_patience(Duration::from_millis(1)).unwrap();
+        while channel.send(&Ping { t1: 0 }).is_ok() {}
+        wire.set_patience(patience.silence).unwrap();
+        let began = Instant::now();
+        channel.give_up("nobody listens".to_owned(), Vec::new());
+        assert!(began.elapsed() < Duration::from_secs(60));
     }
 }

@@ -8,9 +8,10 @@ use std::sync::Arc;
 use std::time::{Duration, Instant};
 
 use rustix::event::{PollFd, PollFlags, Timespec, poll};
+use rustix::io::Errno;
 use rustix::net::{
     RecvAncillaryBuffer, RecvAncillaryMessage, RecvFlags, SendAncillaryBuffer,
-    SendAncillaryMessage, SendFlags, recvmsg, sendmsg,
+    SendAncillaryMessage, SendFlags, recvmsg, send, sendmsg,
 };
 use socket2::{Domain, Socket};
 
@@ -19,6 +20,8 @@ use super::tls::{self, Security, Tls};
 
 /// How long a side that gave up waits for the other one to hear of it.
 pub(super) const FAREWELL: Duration = Duration::from_secs(2);
+/// What a socket says whose other side has nothing more to say.
+const GONE: PollFlags = PollFlags::RDHUP.union(PollFlags::HUP).union(PollFlags::ERR);
 
 /// The bytes' way. Clones are the same way: one thread may read while another one writes.
 #[derive(Clone, Debug)]
@@ -156,17 +159,20 @@ impl Wire {
     /// Whether the other side has closed the connection, or it broke, whatever is left to read.
     /// Does not wait.
     pub(super) fn is_broken(&self) -> bool {
-        let gone = PollFlags::RDHUP | PollFlags::HUP | PollFlags::ERR;
         // Without a socket the next write finds out; nobody is there who could have said why.
         let socket = self.socket();
-        socket.is_some_and(|socket| is(socket, PollFlags::RDHUP, gone))
+        socket.is_some_and(|socket| {
+            ready(socket, PollFlags::RDHUP, Duration::ZERO)
+                .is_ok_and(|ready| ready.intersects(GONE))
+        })
     }
 
     /// Whether a short message can be written without waiting, and may be at any time: a file is to
     /// hold the guest and nothing else.
     pub(super) fn has_room(&self) -> bool {
         match (self.socket(), self.one_way()) {
-            (Some(socket), _) => is(socket, PollFlags::OUT, PollFlags::OUT),
+            (Some(socket), _) => ready(socket, PollFlags::OUT, Duration::ZERO)
+                .is_ok_and(|ready| ready.intersects(PollFlags::OUT)),
             (None, way) => way.is_some_and(OneWay::has_room),
         }
     }
@@ -228,31 +234,44 @@ impl Write for Wire {
     }
 }
 
-/// What the other side does not read may wait, as long as more and more comes from there.
-pub(super) fn write_patiently(mut socket: &Socket, bytes: &[u8]) -> io::Result<usize> {
-    let mut heard = 0;
+/// Writes what there is room for, and waits for room as long as the socket's timeout says, or for longer
+/// while more and more comes from the other side: it may be busy.
+///
+/// # Errors
+/// `WouldBlock` when it neither reads nor speaks, and `BrokenPipe` as soon as it has nothing more to say:
+/// a side that has given up goes on reading only to be polite.
+pub(super) fn write_patiently(socket: &Socket, bytes: &[u8]) -> io::Result<usize> {
+    let silence = socket.write_timeout()?.unwrap_or(Duration::MAX);
+    let mut heard = rustix::io::ioctl_fionread(socket)?;
     loop {
-        match socket.write(bytes) {
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
-                let unread = rustix::io::ioctl_fionread(socket)?;
-                if unread <= heard {
-                    return Err(error);
-                }
-                heard = unread;
-            }
-            written => return written,
+        match send(socket, bytes, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
+            Err(Errno::AGAIN) => {}
+            sent => return Ok(sent?),
         }
+        let ready = ready(socket, PollFlags::OUT | PollFlags::RDHUP, silence)?;
+        let unread = rustix::io::ioctl_fionread(socket)?;
+        if ready.is_empty() && unread <= heard {
+            return Err(io::ErrorKind::WouldBlock.into());
+        }
+        if ready.intersects(GONE) && !ready.intersects(PollFlags::OUT) {
+            return Err(Errno::PIPE.into());
+        }
+        heard = unread;
     }
 }
 
-/// Whether one of `wanted` holds of the socket now, when it is asked for `asked`.
-fn is(socket: &Socket, asked: PollFlags, wanted: PollFlags) -> bool {
+/// What holds of the socket of what it is asked for, and of what it says unasked; waits no longer than
+/// `limit` until any of it does.
+fn ready(socket: &Socket, asked: PollFlags, limit: Duration) -> io::Result<PollFlags> {
     let mut fds = [PollFd::new(socket, asked)];
-    let now = Timespec {
-        tv_sec: 0,
-        tv_nsec: 0,
-    };
-    poll(&mut fds, Some(&now)).is_ok() && fds.iter().any(|fd| fd.revents().intersects(wanted))
+    // A limit that is too long for the type is none.
+    let limit = Timespec::try_from(limit).ok();
+    loop {
+        match poll(&mut fds, limit.as_ref()) {
+            Err(Errno::INTR) => {}
+            polled => return polled.map(|_| fds[0].revents()).map_err(io::Error::from),
+        }
+    }
 }
 
 #[cfg(test)]
@@ -299,5 +318,23 @@ mod tests {
         assert_eq!(write_to_busy(20).unwrap(), 4 << 20);
         let error = write_to_busy(400).unwrap_err();
         assert_eq!(error.kind(), io::ErrorKind::WouldBlock);
+    }
+
+    #[test]
+    fn who_has_nothing_more_to_say_is_not_waited_for() {
+        let (here, there) = Socket::pair(Domain::UNIX, Type::STREAM, None).unwrap();
+        let mut writer = Wire::from(here);
+        writer.set_patience(Duration::from_secs(120)).unwrap();
+        let began = Instant::now();
+        let leaving = thread::spawn(move || {
+            thread::sleep(Duration::from_millis(50));
+            (&there).write_all(b"failure").unwrap();
+            there.shutdown(Shutdown::Write).unwrap();
+            there
+        });
+        let error = writer.write_all(&vec![0; 4 << 20]).unwrap_err();
+        assert_eq!(error.kind(), io::ErrorKind::BrokenPipe);
+        assert!(began.elapsed() < Duration::from_secs(60));
+        drop(leaving.join().unwrap());
     }
 }

@@ -13,6 +13,8 @@ pub(crate) struct FrameWriter<W> {
     inner: W,
     offset: u64,
     sequence: u32,
+    /// A frame was begun and can't be ended: whatever followed would be read as its rest.
+    cut: bool,
     scratch: Vec<u8>,
 }
 
@@ -23,6 +25,7 @@ impl<W: Write> FrameWriter<W> {
             inner,
             offset: 0,
             sequence: 0,
+            cut: false,
             scratch: Vec::new(),
         }
     }
@@ -76,11 +79,12 @@ impl<W: Write> FrameWriter<W> {
             payload_sum: crc32c::crc32c(payload),
         };
         frame[..HEADER_LEN].copy_from_slice(&header.encode());
-        self.sequence = sequence.wrapping_add(1);
         if kind.is_switchover() {
             probes::channel_send(kind.c_name(), sequence.into());
         }
-        self.write(frame)
+        self.write(frame)?;
+        self.sequence = sequence.wrapping_add(1);
+        Ok(())
     }
 
     fn refuse(&self, kind: Kind, problem: String) -> Error {
@@ -91,20 +95,31 @@ impl<W: Write> FrameWriter<W> {
         }
     }
 
-    fn write(&mut self, mut bytes: &[u8]) -> Result<(), Error> {
-        while !bytes.is_empty() {
+    fn write(&mut self, bytes: &[u8]) -> Result<(), Error> {
+        let begun = self.offset;
+        let written = match self.cut {
+            true => Err(io::ErrorKind::BrokenPipe.into()),
+            false => self.write_all(bytes),
+        };
+        written.map_err(|source| {
             let offset = self.offset;
-            let written = match self.inner.write(bytes) {
-                Ok(0) => Err(io::ErrorKind::WriteZero.into()),
-                Err(error) if error.kind() == io::ErrorKind::Interrupted => continue,
-                result => result,
-            };
-            let written = written.map_err(|e| Error::Write {
-                offset,
-                source: timed_out(e),
-            })?;
-            self.offset += written as u64;
-            bytes = bytes.get(written..).unwrap_or_default();
+            self.cut |= offset != begun;
+            let source = timed_out(source);
+            Error::Write { offset, source }
+        })
+    }
+
+    fn write_all(&mut self, mut bytes: &[u8]) -> io::Result<()> {
+        while !bytes.is_empty() {
+            match self.inner.write(bytes) {
+                Ok(0) => return Err(io::ErrorKind::WriteZero.into()),
+                Ok(written) => {
+                    self.offset += written as u64;
+                    bytes = bytes.get(written..).unwrap_or_default();
+                }
+                Err(error) if error.kind() == io::ErrorKind::Interrupted => {}
+                Err(error) => return Err(error),
+            }
         }
         Ok(())
     }
@@ -124,5 +139,44 @@ impl<W: Write> FrameWriter<W> {
     /// How many bytes the connection has taken.
     pub(crate) fn offset(&self) -> u64 {
         self.offset
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::super::message::Alive;
+    use super::*;
+
+    /// Takes so many bytes, and no more before it is told to.
+    struct Full(usize, Vec<u8>);
+
+    impl Write for Full {
+        fn write(&mut self, bytes: &[u8]) -> io::Result<usize> {
+            let taken = bytes.len().min(self.0);
+            if taken == 0 {
+                return Err(io::ErrorKind::WouldBlock.into());
+            }
+            self.0 -= taken;
+            self.1.extend(&bytes[..taken]);
+            Ok(taken)
+        }
+
+        fn flush(&mut self) -> io::Result<()> {
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn nothing_follows_a_part_of_a_frame() {
+        for (room, follows) in [(0, true), (1, false), (HEADER_LEN - 1, false)] {
+            let mut first = FrameWriter::new(Vec::new());
+            first.send(&Alive {}).unwrap();
+            let mut writer = FrameWriter::new(Full(room, Vec::new()));
+            writer.send(&Alive {}).unwrap_err();
+            writer.inner.0 = 100;
+            assert_eq!(writer.send(&Alive {}).is_ok(), follows, "{room}");
+            let taken = if follows { HEADER_LEN } else { room };
+            assert_eq!(writer.inner.1, first.inner[..taken]);
+        }
     }
 }
