@@ -1,10 +1,12 @@
 //! How fast a large idle guest full of incompressible pages migrates, and what that costs in CPU
-//! time: this project's monitor and QEMU in turn, and the sockets alone as the limit of both.
+//! time: this project's monitor and QEMU in turn, and the limits of both: the sockets alone, and memory
+//! for as many pages alone.
 //! `cargo xtask bench throughput` runs it and says what comes of it.
 //!
 //! Prints one JSON object a line for each run.
 
 use std::fs;
+use std::hint::black_box;
 use std::io::{Read, Write};
 use std::net::{TcpListener, TcpStream};
 use std::process::ExitCode;
@@ -27,6 +29,9 @@ const KEPT: u64 = 16 << 20;
 
 /// Bytes of one write or read of the bare sockets.
 const CHUNK: usize = 256 << 10;
+
+/// The smallest pages that memory comes in.
+const PAGE: usize = 4096;
 
 /// Migrates a large idle guest and measures how long it takes.
 #[derive(Parser)]
@@ -59,6 +64,9 @@ fn run(arguments: &Arguments) -> Result<()> {
             };
             let took = sockets(arguments.gib << 30, connections)?;
             let run = json!({ "what": "sockets", "transport": transport, "ns": ns(took) });
+            println!("{run}");
+            let took = memory(arguments.gib << 30)?;
+            let run = json!({ "what": "memory", "transport": transport, "ns": ns(took) });
             println!("{run}");
             for &monitor in &arguments.monitors {
                 let (took, cpu) = migrate(arguments, monitor, transport)?;
@@ -158,6 +166,31 @@ fn sockets(bytes: u64, connections: u64) -> Result<Duration> {
         }
         Ok(start.elapsed())
     })
+}
+
+/// Touches so many bytes of fresh memory by all CPUs at once, as a destination has to before it can run the
+/// guest, beside a source that has as many already: in a virtual machine it may be that machine's own
+/// host that has to find the memory, and it does not give all of it back at once.
+fn memory(bytes: u64) -> Result<Duration> {
+    let threads = thread::available_parallelism()?.get();
+    let part = usize::try_from(bytes)? / threads;
+    let touch = || {
+        let start = Instant::now();
+        let parts = thread::scope(|scope| {
+            let touch = || {
+                let mut fresh = vec![0u8; part];
+                fresh.chunks_mut(PAGE).for_each(|page| page[0] = 1);
+                black_box(fresh)
+            };
+            let parts: Vec<_> = (0..threads).map(|_| scope.spawn(touch)).collect();
+            let parts: Option<Vec<_>> = parts.into_iter().map(|part| part.join().ok()).collect();
+            parts.context("a thread panicked")
+        })?;
+        anyhow::Ok((parts, start.elapsed()))
+    };
+    let (_source, _) = touch()?;
+    let (_destination, took) = touch()?;
+    Ok(took)
 }
 
 fn ns(duration: Duration) -> u64 {

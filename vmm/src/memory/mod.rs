@@ -11,6 +11,7 @@
 mod device_log;
 mod dirty;
 pub mod handover;
+mod put;
 pub mod ring;
 #[cfg(test)]
 mod tests;
@@ -18,7 +19,6 @@ pub mod transfer;
 
 use std::fs::File;
 use std::io;
-use std::os::unix::fs::FileExt;
 use std::ptr::NonNull;
 use std::sync::Arc;
 
@@ -237,35 +237,6 @@ impl GuestRam {
         self.mem
             .write_slice(buf, at)
             .map_err(|source| Error::Access { gpa, len, source })
-    }
-
-    /// Puts whole pages into RAM that no vCPU uses yet. The kernel copies them into the memfd, so that a
-    /// page that had no memory before takes no fault and is not zeroed only to be overwritten.
-    ///
-    /// # Errors
-    /// When they are not all RAM, or there is no memory for them.
-    pub fn put_pages(&self, gpa: u64, mut pages: &[u8]) -> Result<(), Error> {
-        let len = pages.len();
-        let mut at = GuestAddress(gpa);
-        if !self.mem.check_range(at, len) {
-            return Err(Error::outside(gpa, len));
-        }
-        while !pages.is_empty() {
-            let found = self.mem.to_region_addr(at);
-            let file = found.and_then(|(region, offset)| {
-                let left = usize::try_from(region.len() - offset.0).unwrap_or(usize::MAX);
-                Some((region.file_offset()?, offset.0, left))
-            });
-            let Some((file, offset, left)) = file else {
-                return Err(Error::outside(gpa, len));
-            };
-            let part = pages.get(..left).unwrap_or(pages);
-            let written = file.file().write_all_at(part, file.start() + offset);
-            written.map_err(|source| Error::Put(at.0, part.len(), source))?;
-            pages = pages.get(part.len()..).unwrap_or_default();
-            at = GuestAddress(at.0.wrapping_add(part.len() as u64));
-        }
-        Ok(())
     }
 
     /// Zeroes whole pages by giving them back to the kernel, so that a page that was never written

@@ -11,14 +11,14 @@ fn ram_is_zeroed_and_bounded() {
     ram.read(0x1ffc, &mut word).unwrap();
     assert_eq!(word, [1, 2, 3, 4]);
     assert_eq!(ram.write(0x1ffd, &word).unwrap_err().errno(), libc::EFAULT);
-    ram.put_pages(0x1000, &[5; 0x1000]).unwrap();
-    assert_eq!(
-        ram.put_pages(0x1000, &[6; 0x2000]).unwrap_err().errno(),
-        libc::EFAULT
-    );
-    ram.read(0x1ffc, &mut word).unwrap();
-    assert_eq!(word, [5; 4]);
-    ram.put_pages(0x1000, &[0; 0x1000]).unwrap();
+    for put in [GuestRam::put_pages, GuestRam::put_pages_in_parallel] {
+        put(&ram, 0x1000, &[5; 0x1000]).unwrap();
+        let error = put(&ram, 0x1000, &[6; 0x2000]).unwrap_err();
+        assert_eq!(error.errno(), libc::EFAULT);
+        ram.read(0x1ffc, &mut word).unwrap();
+        assert_eq!(word, [5; 4]);
+        put(&ram, 0x1000, &[0; 0x1000]).unwrap();
+    }
     ram.write(0x1ffc, &[1, 2, 3, 4]).unwrap();
     ram.read(0x1ffc, &mut word).unwrap();
     assert_eq!(ram.checksum().unwrap(), {

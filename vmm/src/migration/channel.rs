@@ -184,6 +184,12 @@ impl Channel {
         self.reader.current()
     }
 
+    /// Takes the offset and the payload of the frame that was received last, and leaves `buffer` for the
+    /// next one.
+    pub(super) fn take(&mut self, buffer: Vec<u8>) -> (u64, Vec<u8>) {
+        self.reader.take(buffer)
+    }
+
     /// Bytes that were read so far.
     pub(super) fn received_bytes(&self) -> u64 {
         self.reader.offset()

@@ -23,6 +23,7 @@ mod incoming;
 mod intake;
 mod lanes;
 mod link;
+mod loaders;
 mod oneway;
 mod outgoing;
 mod pace;

@@ -9,10 +9,11 @@ use super::commit::{Destination, DestinationEvent};
 use super::incoming::{Door, Error, finished};
 use super::intake::Intake;
 use super::lanes::MAX_LANES;
+use super::loaders::{LoadedFrame, Loaders};
 use super::settings::Mode;
 use super::status::MigrationStatus;
 use super::stream;
-use super::stream::frame::Kind;
+use super::stream::frame::{Frame, Kind};
 use super::stream::mapped::Place;
 use super::stream::message::{
     Ack, Commit, Device, End, Hello, Learned, Loaded, Message, Ping, Pong, RoundEnd, RoundLoaded,
@@ -54,6 +55,8 @@ pub(super) struct Receiver<'a, V> {
     place: Option<Place>,
     /// Further connections for pages, if there are any.
     intake: Option<Intake>,
+    /// Threads for the first round, while it lasts.
+    loaders: Option<Loaders>,
     patience: Patience,
     /// The round that is being loaded or comes next.
     round: u32,
@@ -83,6 +86,7 @@ impl<'a, V: TargetVm> Receiver<'a, V> {
             adopted: None,
             place: None,
             intake: None,
+            loaders: None,
             patience: Patience::default(),
             round: 1,
             ram_complete: false,
@@ -181,6 +185,7 @@ impl<'a, V: TargetVm> Receiver<'a, V> {
     /// Tells the source that this side does not take the guest, and sees to it that it can't.
     pub(super) fn give_up(mut self, reason: String, spans: Vec<SpanRecord>) {
         self.intake = None;
+        self.loaders = None;
         // The source lets the guest go on once it hears of this.
         self.adopted = None;
         self.commit = self.commit.on(DestinationEvent::Fail);
@@ -293,12 +298,14 @@ impl<'a, V: TargetVm> Receiver<'a, V> {
         probes::ram_load(self.round.into()).run(|span| {
             let mut tally = Tally::default();
             while self.channel.current().kind == Kind::Ram {
-                tally.add(self.load_pages()?);
+                self.load_pages(&mut tally)?;
                 (span.pages, span.bytes) = (tally.pages, tally.bytes);
-                self.answer(&Ack {
-                    bytes: self.bytes_loaded,
-                })?;
                 self.channel.advance()?;
+            }
+            if let Some(mut loaders) = self.loaders.take() {
+                while let Some(loaded) = loaders.wait().map_err(Error::Session)? {
+                    self.acknowledge(loaded, &mut tally)?;
+                }
             }
             let all = self.end_round(tally)?;
             (span.pages, span.bytes) = (all.pages, all.bytes);
@@ -306,10 +313,37 @@ impl<'a, V: TargetVm> Receiver<'a, V> {
         })
     }
 
-    fn load_pages(&mut self) -> Result<Tally, Error> {
-        let frame = self.channel.current();
-        let loaded = ram::load(&self.ram, frame.payload, self.place.as_ref());
-        let (round, tally) = loaded.map_err(|error| match error {
+    /// Loads the frame of pages that has just arrived, or has it loaded, and adds what is loaded.
+    fn load_pages(&mut self, tally: &mut Tally) -> Result<(), Error> {
+        let alone = self.intake.is_none() && self.place.is_none() && self.adopted.is_none();
+        if self.round == 1 && alone && self.loaders.is_none() {
+            self.loaders = Some(Loaders::start(&self.ram).map_err(Error::Session)?);
+        }
+        let loaded = match &mut self.loaders {
+            Some(loaders) => {
+                let (offset, payload) = self.channel.take(loaders.buffer());
+                loaders.load(offset, payload).map_err(Error::Session)?
+            }
+            None => {
+                let Frame {
+                    offset, payload, ..
+                } = self.channel.current();
+                let place = self.place.as_ref();
+                let result = ram::load(&self.ram, payload, place, GuestRam::put_pages);
+                Some(LoadedFrame { offset, result })
+            }
+        };
+        loaded.map_or(Ok(()), |loaded| self.acknowledge(loaded, tally))
+    }
+
+    /// Adds what was in a frame of pages, and tells the source that it is loaded.
+    fn acknowledge(&mut self, loaded: LoadedFrame, tally: &mut Tally) -> Result<(), Error> {
+        let frame = Frame {
+            kind: Kind::Ram,
+            offset: loaded.offset,
+            payload: &[],
+        };
+        let (round, more) = loaded.result.map_err(|error| match error {
             LoadError::Malformed(problem) => Error::from(frame.malformed(problem.to_owned())),
             LoadError::Memory(source) => source.into(),
             LoadError::Mapped(source) => source.into(),
@@ -318,8 +352,10 @@ impl<'a, V: TargetVm> Receiver<'a, V> {
             let problem = format!("it is of round {round}, in round {}", self.round);
             return Err(frame.malformed(problem).into());
         }
-        self.bytes_loaded += tally.bytes;
-        Ok(tally)
+        self.bytes_loaded += more.bytes;
+        tally.add(more);
+        let bytes = self.bytes_loaded;
+        Ok(self.answer(&Ack { bytes })?)
     }
 
     fn end_round(&mut self, mut tally: Tally) -> Result<Tally, Error> {

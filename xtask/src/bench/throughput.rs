@@ -1,5 +1,5 @@
 //! `cargo xtask bench throughput`: how fast a large idle guest migrates over TCP on loopback, beside
-//! QEMU and beside the sockets alone.
+//! QEMU, beside the sockets alone, and beside memory for as many pages alone.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
@@ -33,7 +33,7 @@ pub(crate) struct Arguments {
 /// One run, as `bench-throughput` prints it.
 #[derive(Debug, Deserialize, Serialize)]
 struct Run {
-    /// A monitor, or `sockets`.
+    /// A monitor, `sockets`, or `memory`.
     what: String,
     transport: String,
     ns: u64,
@@ -68,7 +68,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
         arguments.out.as_deref(),
         "throughput.json",
         &json!({
-            "schema": "blackout.bench-throughput/2",
+            "schema": "blackout.bench-throughput/3",
             "gib": arguments.gib,
             "runs": runs,
         }),
@@ -107,16 +107,15 @@ fn print(runs: &[Run], gib: u64) {
     let transports: BTreeSet<_> = runs.iter().map(|run| run.transport.as_str()).collect();
     for transport in transports {
         let took = |what| times.get(&(transport, what)).map_or(&[][..], |(t, _)| t);
-        let say = |text, ours, theirs| {
+        let say = |text: &str, ours, theirs| {
             if let Some(Ratio { value, low, high }) = ratio(ours, theirs) {
                 println!("{transport}, {text} {value:.3}, 95 % {low:.3}–{high:.3}");
             }
         };
         say("total time, to QEMU's:", took("blackout"), took("qemu"));
-        say(
-            "share of what the sockets can do:",
-            took("sockets"),
-            took("blackout"),
-        );
+        for limit in ["sockets", "memory"] {
+            let text = format!("share of what the {limit} can do:");
+            say(&text, took(limit), took("blackout"));
+        }
     }
 }

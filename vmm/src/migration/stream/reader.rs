@@ -76,6 +76,15 @@ impl<R: Read> FrameReader<R> {
         }
     }
 
+    /// Takes the offset and the payload of the frame that was read last, and leaves `buffer` for the next
+    /// one.
+    pub(crate) fn take(&mut self, buffer: Vec<u8>) -> (u64, Vec<u8>) {
+        let (_, offset, len) = &mut self.current;
+        let mut payload = std::mem::replace(&mut self.payload, buffer);
+        payload.truncate(std::mem::take(len));
+        (*offset, payload)
+    }
+
     /// Reads the next frame, and returns its kind; [`FrameReader::current`] has the rest of it.
     ///
     /// # Errors
