@@ -4,7 +4,7 @@ use std::os::unix::fs::FileExt;
 
 use rustix::io::Errno;
 use rustix::mm::{Advice, madvise};
-use vm_memory::{Bytes, GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
+use vm_memory::{GuestAddress, GuestMemoryBackend, GuestMemoryRegion};
 
 use super::{Error, GuestRam};
 
@@ -39,32 +39,32 @@ impl GuestRam {
     }
 
     /// The same for a thread beside others that do it too: the memory is asked for through the mapping,
-    /// where nobody waits for anybody.
+    /// where nobody waits for anybody. To write to memory that can't be had would be fatal otherwise.
     ///
     /// # Errors
     /// As [`GuestRam::put_pages`].
     pub fn put_pages_in_parallel(&self, gpa: u64, pages: &[u8]) -> Result<(), Error> {
-        let (at, len) = (GuestAddress(gpa), pages.len());
-        let access = |source| Error::Access { gpa, len, source };
-        for slice in self.mem.get_slices(at, len) {
-            let slice = slice.map_err(access)?;
-            let start = slice.ptr_guard_mut();
+        let len = pages.len();
+        match self.populate(gpa, len)? {
+            true => self.write(gpa, pages),
+            false => self.put_pages(gpa, pages),
+        }
+    }
+
+    /// Maps all pages of a range, and makes memory for those that have none. Says whether the kernel can do
+    /// that, as it can since Linux 5.14.
+    fn populate(&self, gpa: u64, len: usize) -> Result<bool, Error> {
+        for slice in self.mem.get_slices(GuestAddress(gpa), len) {
+            let slice = slice.map_err(|source| Error::Access { gpa, len, source })?;
+            let (start, advice) = (slice.ptr_guard_mut(), Advice::LinuxPopulateWrite);
             // SAFETY: the slice lies in this RAM's own mapping, which `self.mem` keeps, and what is in
             // it does not change.
-            let made = unsafe {
-                madvise(
-                    start.as_ptr().cast(),
-                    slice.len(),
-                    Advice::LinuxPopulateWrite,
-                )
-            };
-            match made {
+            match unsafe { madvise(start.as_ptr().cast(), slice.len(), advice) } {
                 Ok(()) => {}
-                // Before Linux 5.14. To write to memory that can't be had would be fatal.
-                Err(Errno::INVAL) => return self.put_pages(gpa, pages),
+                Err(Errno::INVAL) => return Ok(false),
                 Err(error) => return Err(Error::Put(gpa, len, error.into())),
             }
         }
-        self.mem.write_slice(pages, at).map_err(access)
+        Ok(true)
     }
 }
