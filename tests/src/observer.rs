@@ -4,9 +4,9 @@
 //! stopped and went on. Of any other guest, its counter has to be seen growing, and the looks are what
 //! the blackout may be wrong by.
 
+use std::ops::Range;
 use std::process::Command;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
 use std::thread::{self, JoinHandle};
 use std::time::Duration;
 
@@ -18,7 +18,7 @@ use nix::unistd::gettid;
 use crate::cpus::RunDelay;
 use crate::guest_ram::GuestView;
 use crate::skip::emulated;
-use crate::stamps::Stamps;
+use crate::stamps::{Moment, SharedStamps, Stamps};
 
 /// Between two looks. A sleep that is over before the thread is off its CPU is none, and takes the
 /// CPU from what is watched: this one is long enough.
@@ -100,13 +100,14 @@ impl Observer {
         }
     }
 
-    /// Watches `vcpus` counters in RAM that both monitors share until `over` is set: the blackout is
-    /// the longest time without progress.
+    /// Watches `vcpus` counters in RAM that both monitors share until `over` is set to a time, of
+    /// `CLOCK_MONOTONIC`, ns, at which the guest ran nowhere. The blackout is how long it made no progress
+    /// around that, or, of a guest that makes no stamps, the longest time without progress.
     pub fn start_shared(
         source: Watched,
         destination: Watched,
         vcpus: usize,
-        over: Arc<AtomicBool>,
+        over: Arc<OnceLock<Range<u64>>>,
     ) -> Result<Self> {
         // Here and not on the thread, which may get a CPU only when it is all over.
         let (start_ns, counters) = (now_ns()?, source.guest.counters(vcpus));
@@ -130,10 +131,7 @@ struct Progress {
 }
 
 fn watch(source: &Watched, destination: &Watched, vcpus: usize, limit: Duration) -> Result<Seen> {
-    let nap = match (prepare()?, source.guest.stamp(0)) {
-        (nap, 0) => nap,
-        (nap, _) => nap.max(LONG_NAP),
-    };
+    let nap = nap(source)?;
     let limit = u64::try_from(limit.as_nanos())?;
     let start = now_ns()?;
     let waited_ns = destination.delay.ns()?;
@@ -208,7 +206,12 @@ fn sharpen(
         }
         thread::sleep(LONG_NAP);
     }
-    let dark: Option<Vec<_>> = stamps.iter().map(Stamps::dark).collect();
+    let dark = stamps.iter().map(Stamps::dark);
+    Ok(sharpened(seen, dark.collect()))
+}
+
+/// What was `seen` with the moments at which each vCPU stopped and went on, if all of them tell.
+fn sharpened(seen: Seen, dark: Option<Vec<(Moment, Moment)>>) -> Seen {
     let dark = dark.unwrap_or_default();
     let last = dark.iter().map(|(stopped, _)| stopped);
     let first = dark.iter().map(|(_, went_on)| went_on);
@@ -216,14 +219,14 @@ fn sharpen(
         last.max_by_key(|moment| moment.at_ns),
         first.min_by_key(|moment| moment.at_ns),
     ) else {
-        return Ok(seen);
+        return seen;
     };
-    Ok(Seen {
+    Seen {
         last_progress_ns: last.at_ns,
         first_progress_ns: first.at_ns.max(last.at_ns),
         error_ns: last.error_ns + first.error_ns,
         ..seen
-    })
+    }
 }
 
 fn watch_shared(
@@ -231,11 +234,19 @@ fn watch_shared(
     destination: &RunDelay,
     start_ns: u64,
     mut counters: Vec<u64>,
-    over: &AtomicBool,
+    over: &OnceLock<Range<u64>>,
 ) -> Result<Seen> {
-    let nap = prepare()?;
+    let nap = nap(source)?;
     let delay_ns = || Ok::<_, anyhow::Error>(source.delay.ns()? + destination.ns()?);
     let vcpus = counters.len();
+    let mut stamps: Vec<_> = counters.iter().map(|_| SharedStamps::default()).collect();
+    let mut look = || {
+        for (index, stamps) in stamps.iter_mut().enumerate() {
+            let (stamp, gaps) = (source.guest.stamp(index), source.guest.gaps(index));
+            stamps.add(now_ns()?, stamp, &gaps);
+        }
+        anyhow::Ok(())
+    };
     let mut before = start_ns;
     let mut last = Progress {
         at_ns: before,
@@ -243,9 +254,9 @@ fn watch_shared(
         delay_ns: delay_ns()?,
     };
     let mut longest: Option<Seen> = None;
-    loop {
+    let stood = loop {
         // The last look comes after the end: what went on while nobody looked is seen by it.
-        let last_look = over.load(Ordering::Relaxed);
+        let last_look = over.get();
         let values = source.guest.counters(vcpus);
         let now = now_ns()?;
         if values != counters {
@@ -265,12 +276,33 @@ fn watch_shared(
             }
             (counters, last) = (values, progress);
         }
-        if last_look {
-            return longest.context("the guest made no progress");
+        look()?;
+        if let Some(stood) = last_look {
+            break stood;
         }
         before = now;
         thread::sleep(nap);
+    };
+    let seen = longest.context("the guest made no progress")?;
+    if source.guest.stamp(0) == 0 {
+        return Ok(seen);
     }
+    let until = now_ns()? + AFTERWARDS_NS;
+    while now_ns()? < until {
+        thread::sleep(LONG_NAP);
+        look()?;
+    }
+    let dark = stamps.iter().map(|stamps| stamps.dark(stood));
+    Ok(sharpened(seen, dark.collect()))
+}
+
+/// Makes this thread one that looks at `source` on time; returns how long it is to sleep between two looks.
+fn nap(source: &Watched) -> Result<Duration> {
+    let nap = prepare()?;
+    Ok(match source.guest.stamp(0) {
+        0 => nap,
+        _ => nap.max(LONG_NAP),
+    })
 }
 
 /// Makes this thread one that looks on time; returns how long it is to sleep between two looks.

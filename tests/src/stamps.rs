@@ -4,6 +4,8 @@
 //! can who looks from time to time. What each side's clock reads is found by many looks: none finds a
 //! stamp before it was made, and the least late ones hardly later.
 
+use std::ops::Range;
+
 use blackout_abi::guest::{GAP_TICKS, Gap};
 
 /// A moment of the host's clock, and how far it may be off, ns.
@@ -115,6 +117,47 @@ impl Stamps {
     }
 }
 
+/// One vCPU in RAM that both sides have, as it was seen.
+#[derive(Debug, Default)]
+pub(crate) struct SharedStamps {
+    looks: Looks,
+    gaps: Vec<Gap>,
+}
+
+impl SharedStamps {
+    /// Adds a look that found `stamp` and `gaps` and ended at `now_ns`.
+    pub(crate) fn add(&mut self, now_ns: u64, stamp: u64, gaps: &[Gap]) {
+        self.looks.add(now_ns, stamp);
+        for gap in gaps {
+            if !self.gaps.contains(gap) {
+                self.gaps.push(*gap);
+            }
+        }
+    }
+
+    /// When it stopped and when it went on, around the middle of `stood`: it ran at one side before all of
+    /// that, and after it at the other one, by a clock that may be another one.
+    pub(crate) fn dark(&self, stood: &Range<u64>) -> Option<(Moment, Moment)> {
+        // It runs for a while after the word to stop.
+        let middle = stood.start.midpoint(stood.end);
+        self.gaps.iter().find_map(|gap| {
+            let looks = |wanted: &dyn Fn(&(u64, u64)) -> bool| Looks {
+                looks: self.looks.looks.iter().copied().filter(wanted).collect(),
+            };
+            let stamps = Stamps {
+                source: looks(&|&(now, _)| now < stood.start),
+                // Its last stamp from before is found until it makes the next one.
+                destination: looks(&|&(now, stamp)| now > stood.end && stamp != gap.from),
+                gap: Some(*gap),
+            };
+            let dark = stamps.dark()?;
+            (dark.0.at_ns..dark.1.at_ns)
+                .contains(&middle)
+                .then_some(dark)
+        })
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -155,6 +198,34 @@ mod tests {
         assert!(stopped.at_ns.abs_diff(1_030_000_000) < 300, "{stopped:?}");
         assert!(went_on.at_ns.abs_diff(1_031_500_000) < 300, "{went_on:?}");
         assert!(stopped.error_ns < 300 && went_on.error_ns < 300);
+    }
+
+    #[test]
+    fn of_a_guest_in_shared_ram_the_gap_around_the_switchover_counts() {
+        // The clock stands still from 30.2 to 31.4 ms.
+        let late = 1_200_000 * 5 / 2;
+        let mut seen = SharedStamps::default();
+        let gap = |from_ns: u64, to_ns: u64, late: u64| Gap {
+            from: from_ns * 5 / 2,
+            to: to_ns * 5 / 2 - late,
+        };
+        let wanted = gap(1_030_000_000, 1_031_500_000, late);
+        let others = [
+            gap(1_020_000_000, 1_020_500_000, 0),
+            gap(1_040_000_000 - 1_200_000, 1_047_000_000, late),
+        ];
+        for &(now, stamp) in &looks(1_000_000_000, 0).looks {
+            seen.add(now, stamp, &others[..1]);
+        }
+        let stood = 1_030_100_000..1_031_400_000;
+        seen.add(1_031_450_000, wanted.from, &[others[0], wanted]);
+        assert!(seen.dark(&stood).is_none());
+        for &(now, stamp) in &looks(1_031_500_000, 0_u64.wrapping_sub(late)).looks {
+            seen.add(now, stamp, &[wanted, others[1]]);
+        }
+        let (stopped, went_on) = seen.dark(&stood).unwrap();
+        assert!(stopped.at_ns.abs_diff(1_030_000_000) < 300, "{stopped:?}");
+        assert!(went_on.at_ns.abs_diff(1_031_500_000) < 300, "{went_on:?}");
     }
 
     #[test]

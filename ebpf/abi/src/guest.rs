@@ -146,7 +146,7 @@ pub struct Counter {
 
 /// Where a vCPU stood still, by its own clock.
 #[repr(C)]
-#[derive(Clone, Copy, Debug, Default)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Gap {
     /// The last [`Counter::stamp`] before.
     pub from: u64,

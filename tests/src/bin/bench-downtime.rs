@@ -3,9 +3,10 @@
 //!
 //! Prints one JSON object a line for each migration.
 
+use std::ops::Range;
 use std::process::ExitCode;
-use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::{Arc, OnceLock};
+use std::thread;
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
@@ -13,13 +14,16 @@ use clap::Parser;
 use harness::observer::Watched;
 use harness::pair::{Monitor, Pair, Transport};
 use harness::{Observer, VmmOptions};
-use serde_json::json;
+use serde_json::{Value, json};
 
 /// How long a guest may take to set itself up, and a migration to end.
 const LIMIT: Duration = Duration::from_secs(120);
 
 /// An observer that did not look for longer than this, or a tenth of what it saw, can't judge.
 const SHARP_NS: u64 = 100_000;
+
+/// How long a guest is looked at before its RAM is handed over, which takes no time in which it could be.
+const BEFOREHAND: Duration = Duration::from_millis(30);
 
 /// Migrations until one can be judged.
 const TRIES: usize = 5;
@@ -82,6 +86,13 @@ fn its_words(text: &str) -> Result<String> {
     Ok(format!("its_devices={devices} its_events={events}"))
 }
 
+/// When the guest ran nowhere, as the monitor has it: of what is seen from outside, this is what is meant.
+fn standstill(blackout: &Value) -> Option<Range<u64>> {
+    let start = blackout["start-ns"].as_u64()?;
+    let at = |key: &str| start.checked_add_signed(blackout[key].as_i64()?);
+    Some(at("downtime-start-ns")?..at("first-run-ns")?)
+}
+
 /// Migrates a fresh guest once and prints what was seen. Whether that was seen sharply.
 fn migrate(
     arguments: &Arguments,
@@ -105,16 +116,21 @@ fn migrate(
         Watched::open(source.pid())?,
         Watched::open(destination.pid())?,
     );
-    let over = Arc::new(AtomicBool::new(false));
+    let over = Arc::new(OnceLock::new());
     let observer = match transport {
-        Transport::Cpr => Observer::start_shared(watched.0, watched.1, 1, Arc::clone(&over))?,
+        Transport::Cpr => {
+            let observer = Observer::start_shared(watched.0, watched.1, 1, Arc::clone(&over))?;
+            thread::sleep(BEFOREHAND);
+            observer
+        }
         _ => Observer::start(watched.0, watched.1, 1, LIMIT),
     };
     let answer = source.qmp.migrate(&uri, LIMIT)?;
     ensure!(answer["status"] == "completed", "{answer}");
     if transport == Transport::Cpr {
         guest.wait_progress(0, LIMIT)?;
-        over.store(true, Ordering::Relaxed);
+        let stood = standstill(&answer["blackout"]).context("no time of the switchover")?;
+        over.set(stood).ok().context("it was over before")?;
     }
     let seen = observer.finish()?;
     let judged = seen.error_ns <= SHARP_NS.max(seen.blackout_ns() / 10);
