@@ -36,6 +36,14 @@ impl Looks {
         }
     }
 
+    /// Those of which `wanted` says so of time and stamp.
+    fn only(&self, wanted: impl Fn(u64, u64) -> bool) -> Looks {
+        let looks = self.looks.iter().copied();
+        Looks {
+            looks: looks.filter(|&(now, stamp)| wanted(now, stamp)).collect(),
+        }
+    }
+
     /// How long they took, ns.
     fn length_ns(&self) -> u64 {
         match (self.looks.first(), self.looks.last()) {
@@ -107,13 +115,15 @@ impl Stamps {
     /// say, or was not looked at enough.
     pub(crate) fn dark(&self) -> Option<(Moment, Moment)> {
         let gap = self.gap?;
-        let longest = match self.source.length_ns() > self.destination.length_ns() {
+        // The source's last stamp is there until it makes the next one.
+        let destination = self.destination.only(|_, stamp| stamp != gap.from);
+        let longest = match self.source.length_ns() > destination.length_ns() {
             true => &self.source,
-            false => &self.destination,
+            false => &destination,
         };
         let tick_ns = longest.tick_ns()?;
         let from = self.source.time_of(gap.from, tick_ns)?;
-        Some((from, self.destination.time_of(gap.to, tick_ns)?))
+        Some((from, destination.time_of(gap.to, tick_ns)?))
     }
 }
 
@@ -141,13 +151,9 @@ impl SharedStamps {
         // It runs for a while after the word to stop.
         let middle = stood.start.midpoint(stood.end);
         self.gaps.iter().find_map(|gap| {
-            let looks = |wanted: &dyn Fn(&(u64, u64)) -> bool| Looks {
-                looks: self.looks.looks.iter().copied().filter(wanted).collect(),
-            };
             let stamps = Stamps {
-                source: looks(&|&(now, _)| now < stood.start),
-                // Its last stamp from before is found until it makes the next one.
-                destination: looks(&|&(now, stamp)| now > stood.end && stamp != gap.from),
+                source: self.looks.only(|now, _| now < stood.start),
+                destination: self.looks.only(|now, _| now > stood.end),
                 gap: Some(*gap),
             };
             let dark = stamps.dark()?;
@@ -194,6 +200,8 @@ mod tests {
         stamps.stood_still(from, &others);
         assert!(stamps.dark().is_none());
         stamps.stood_still(from - 40, &[others[1], Gap { from, to }]);
+        // It has counted, and not made a stamp yet.
+        stamps.destination.looks.insert(0, (1_031_450_000, from));
         let (stopped, went_on) = stamps.dark().unwrap();
         assert!(stopped.at_ns.abs_diff(1_030_000_000) < 300, "{stopped:?}");
         assert!(went_on.at_ns.abs_diff(1_031_500_000) < 300, "{went_on:?}");
