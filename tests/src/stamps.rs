@@ -101,22 +101,37 @@ impl Looks {
 pub(crate) struct Stamps {
     pub(crate) source: Looks,
     pub(crate) destination: Looks,
-    gap: Option<Gap>,
+    /// Those that may be what is looked for.
+    gaps: Vec<Gap>,
 }
 
 impl Stamps {
-    /// Keeps that of `gaps`, at the destination, which begins with the source's last stamp.
+    /// Keeps those of `gaps`, at the destination, that begin with the source's last stamp, and one that
+    /// follows on that: a vCPU may be stopped between reading its clock and making a stamp of it.
     pub(crate) fn stood_still(&mut self, last: u64, gaps: &[Gap]) {
-        let is_it = |gap: &&Gap| gap.from.wrapping_sub(last) <= GAP_TICKS;
-        self.gap = self.gap.or(gaps.iter().find(is_it).copied());
+        let first = |gap: &&Gap| gap.from.wrapping_sub(last) <= GAP_TICKS;
+        let Some(first) = gaps.iter().find(first) else {
+            return;
+        };
+        let next = gaps.iter().find(|gap| gap.from == first.to);
+        for gap in [first].into_iter().chain(next) {
+            if !self.gaps.contains(gap) {
+                self.gaps.push(*gap);
+            }
+        }
     }
 
     /// When it stopped at the source and went on at the destination; `None` for a guest that does not
     /// say, or was not looked at enough.
     pub(crate) fn dark(&self) -> Option<(Moment, Moment)> {
-        let gap = self.gap?;
-        // The source's last stamp is there until it makes the next one.
-        let destination = self.destination.only(|_, stamp| stamp != gap.from);
+        let dark = self.gaps.iter().filter_map(|gap| self.around(gap));
+        dark.max_by_key(|(stopped, went_on)| went_on.at_ns.saturating_sub(stopped.at_ns))
+    }
+
+    fn around(&self, gap: &Gap) -> Option<(Moment, Moment)> {
+        // The source's stamps come with its RAM, and the last one is there until there is a new one.
+        let new = |stamp: u64| stamp.wrapping_sub(gap.to).cast_signed() >= 0;
+        let destination = self.destination.only(|_, stamp| new(stamp));
         let longest = match self.source.length_ns() > destination.length_ns() {
             true => &self.source,
             false => &destination,
@@ -154,7 +169,7 @@ impl SharedStamps {
             let stamps = Stamps {
                 source: self.looks.only(|now, _| now < stood.start),
                 destination: self.looks.only(|now, _| now > stood.end),
-                gap: Some(*gap),
+                gaps: vec![*gap],
             };
             let dark = stamps.dark()?;
             (dark.0.at_ns..dark.1.at_ns)
@@ -186,7 +201,7 @@ mod tests {
         let mut stamps = Stamps {
             source: looks(1_000_000_000, 0),
             destination: looks(1_032_000_000, ahead),
-            gap: None,
+            gaps: Vec::new(),
         };
         let from = 1_030_000_000 * 5 / 2;
         let to = 1_031_500_000 * 5 / 2 + ahead;
@@ -200,12 +215,23 @@ mod tests {
         stamps.stood_still(from, &others);
         assert!(stamps.dark().is_none());
         stamps.stood_still(from - 40, &[others[1], Gap { from, to }]);
-        // It has counted, and not made a stamp yet.
-        stamps.destination.looks.insert(0, (1_031_450_000, from));
+        // RAM that arrives has the source's stamps, and a guest that has counted none of its own yet.
+        let arrived = [(1_029_100_000, from - 2_500_000), (1_031_450_000, from)];
+        stamps.destination.looks.splice(..0, arrived);
         let (stopped, went_on) = stamps.dark().unwrap();
         assert!(stopped.at_ns.abs_diff(1_030_000_000) < 300, "{stopped:?}");
         assert!(went_on.at_ns.abs_diff(1_031_500_000) < 300, "{went_on:?}");
         assert!(stopped.error_ns < 300 && went_on.error_ns < 300);
+
+        // The last stamp that was made there is older: it had read its clock again when it was stopped.
+        stamps.gaps.clear();
+        let before = Gap {
+            from: from - 400_000,
+            to: from,
+        };
+        stamps.stood_still(before.from, &[before, Gap { from, to }]);
+        let (stopped, _) = stamps.dark().unwrap();
+        assert!(stopped.at_ns.abs_diff(1_030_000_000) < 300, "{stopped:?}");
     }
 
     #[test]
