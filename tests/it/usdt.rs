@@ -53,11 +53,14 @@ fn every_operand_of_gcc_and_clang_is_read() -> Result<()> {
 /// The notes of arm64 programs are read on any machine.
 #[test]
 fn every_operand_of_arm64_is_understood() -> Result<()> {
+    if !Path::new("/usr/aarch64-linux-gnu/include/stdio.h").exists() {
+        skip!("libc6-dev-arm64-cross is missing");
+    }
     let dir = tempfile::tempdir()?;
     let mut kinds = BTreeMap::new();
     for level in LEVELS {
         let Some(program) = build("aarch64-linux-gnu-gcc", level, dir.path())? else {
-            skip!("gcc-aarch64-linux-gnu, libc6-dev-arm64-cross or systemtap-sdt-dev is missing");
+            skip!("gcc-aarch64-linux-gnu or systemtap-sdt-dev is missing");
         };
         let sites = Binary::open(&program)?.sites;
         ensure!(sites.len() >= 10, "{} sites", sites.len());

@@ -9,6 +9,7 @@ pub(crate) mod speedscope;
 pub(crate) mod stock_tools;
 
 use std::env::consts::ARCH;
+use std::path::Path;
 
 use anyhow::{Result, bail};
 use clap::ValueEnum;
@@ -167,6 +168,12 @@ fn needs(purposes: &[Purpose]) -> Vec<Box<dyn Need>> {
         ] {
             needs.push(Box::new(Program { name, package }));
         }
+        // Debian's cross compiler only recommends the C library's headers, and what is recommended is
+        // not installed.
+        needs.push(Box::new(File {
+            path: "/usr/aarch64-linux-gnu/include/stdio.h",
+            package: "libc6-dev-arm64-cross",
+        }));
         needs.push(Box::new(python::Environment));
     }
     if purposes.contains(&Purpose::SlowTest) {
@@ -251,6 +258,28 @@ impl Need for Program {
 
     fn found(&self) -> Result<Option<String>> {
         Ok(command::find(self.name).map(|file| file.display().to_string()))
+    }
+
+    fn packages(&self) -> Vec<String> {
+        vec![self.package.to_owned()]
+    }
+}
+
+/// A file of a Debian package that has no program of its own.
+struct File {
+    path: &'static str,
+    package: &'static str,
+}
+
+impl Need for File {
+    fn name(&self) -> String {
+        self.path.to_owned()
+    }
+
+    fn found(&self) -> Result<Option<String>> {
+        Ok(Path::new(self.path)
+            .exists()
+            .then(|| self.package.to_owned()))
     }
 
     fn packages(&self) -> Vec<String> {
