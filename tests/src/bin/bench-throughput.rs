@@ -1,6 +1,6 @@
 //! How fast a large idle guest full of incompressible pages migrates, and what that costs in CPU
-//! time: this project's monitor and QEMU in turn, and the limits of both: the sockets alone, and memory
-//! for as many pages alone.
+//! time: this project's monitor and QEMU in turn, and the limits of both: the sockets alone, from memory
+//! to memory that is used again and again, and to memory that is fresh, as a destination's is.
 //! `cargo xtask bench throughput` runs it and says what comes of it.
 //!
 //! Prints one JSON object a line for each run.
@@ -62,12 +62,11 @@ fn run(arguments: &Arguments) -> Result<()> {
                 Transport::Multifd => 4,
                 _ => 1,
             };
-            let took = sockets(arguments.gib << 30, connections)?;
-            let run = json!({ "what": "sockets", "transport": transport, "ns": ns(took) });
-            println!("{run}");
-            let took = memory(arguments.gib << 30)?;
-            let run = json!({ "what": "memory", "transport": transport, "ns": ns(took) });
-            println!("{run}");
+            for (what, fresh) in [("sockets", false), ("fresh", true)] {
+                let took = sockets(arguments.gib << 30, connections, fresh)?;
+                let run = json!({ "what": what, "transport": transport, "ns": ns(took) });
+                println!("{run}");
+            }
             for &monitor in &arguments.monitors {
                 let (took, cpu) = migrate(arguments, monitor, transport)?;
                 let (ns, cpu_ns) = (ns(took), ns(cpu));
@@ -101,6 +100,7 @@ fn migrate(
             .qmp
             .execute("migrate-set-parameters", unlimited)?;
     }
+    warm_up(arguments.gib << 30)?;
     let pids = [pair.source.pid(), pair.destination.pid()];
     let cpu = || {
         pids.iter()
@@ -138,59 +138,59 @@ fn ticks(stat: &str) -> Result<u64> {
 }
 
 /// Moves `bytes` from memory to memory over so many connections by TCP on loopback: nothing that does
-/// more can be faster.
-fn sockets(bytes: u64, connections: u64) -> Result<Duration> {
+/// more can be faster. The memory that they go to is `fresh`, or used for all of them.
+fn sockets(bytes: u64, connections: u64, fresh: bool) -> Result<Duration> {
     let listener = TcpListener::bind("127.0.0.1:0")?;
     let address = listener.local_addr()?;
     let mut pairs = Vec::new();
     for _ in 0..connections {
         pairs.push((TcpStream::connect(address)?, listener.accept()?.0));
     }
-    let chunks = bytes / CHUNK as u64 / connections;
+    let part = usize::try_from(bytes / connections)?;
+    warm_up(bytes)?;
     let start = Instant::now();
     thread::scope(|scope| {
         let mut threads = Vec::new();
         for (mut out, mut back) in pairs {
             threads.push(scope.spawn(move || {
                 let chunk = vec![0x5a; CHUNK];
-                (0..chunks).try_for_each(|_| out.write_all(&chunk))
+                (0..part / CHUNK).try_for_each(|_| out.write_all(&chunk))?;
+                anyhow::Ok(Duration::ZERO)
             }));
             threads.push(scope.spawn(move || {
-                let mut chunk = vec![0; CHUNK];
-                while back.read(&mut chunk)? > 0 {}
-                Ok(())
+                let mut memory = vec![0; if fresh { part } else { CHUNK }];
+                for number in 0..part / CHUNK {
+                    let at = number * CHUNK % memory.len();
+                    back.read_exact(&mut memory[at..at + CHUNK])?;
+                }
+                Ok(start.elapsed())
             }));
         }
+        // To give memory back takes time that is nobody's.
+        let mut last = Duration::ZERO;
         for thread in threads {
-            thread.join().ok().context("a thread panicked")??;
+            last = last.max(thread.join().ok().context("a thread panicked")??);
         }
-        Ok(start.elapsed())
+        Ok(last)
     })
 }
 
-/// Touches so many bytes of fresh memory by all CPUs at once, as a destination has to before it can run the
-/// guest, beside a source that has as many already: in a virtual machine it may be that machine's own
-/// host that has to find the memory, and it does not give all of it back at once.
-fn memory(bytes: u64) -> Result<Duration> {
+/// Touches so many bytes of memory by all CPUs at once, and gives them back. A virtual machine's memory may
+/// be its own host's to find, at a cost that is neither monitor's, and is taken back within seconds once it
+/// is free.
+fn warm_up(bytes: u64) -> Result<()> {
     let threads = thread::available_parallelism()?.get();
     let part = usize::try_from(bytes)? / threads;
     let touch = || {
-        let start = Instant::now();
-        let parts = thread::scope(|scope| {
-            let touch = || {
-                let mut fresh = vec![0u8; part];
-                fresh.chunks_mut(PAGE).for_each(|page| page[0] = 1);
-                black_box(fresh)
-            };
-            let parts: Vec<_> = (0..threads).map(|_| scope.spawn(touch)).collect();
-            let parts: Option<Vec<_>> = parts.into_iter().map(|part| part.join().ok()).collect();
-            parts.context("a thread panicked")
-        })?;
-        anyhow::Ok((parts, start.elapsed()))
+        let mut fresh = vec![0u8; part];
+        fresh.chunks_mut(PAGE).for_each(|page| page[0] = 1);
+        black_box(fresh)
     };
-    let (_source, _) = touch()?;
-    let (_destination, took) = touch()?;
-    Ok(took)
+    thread::scope(|scope| {
+        let parts: Vec<_> = (0..threads).map(|_| scope.spawn(touch)).collect();
+        let parts: Option<Vec<_>> = parts.into_iter().map(|part| part.join().ok()).collect();
+        parts.context("a thread panicked").map(drop)
+    })
 }
 
 fn ns(duration: Duration) -> u64 {

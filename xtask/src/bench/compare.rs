@@ -7,11 +7,31 @@ use std::process::{Command, Stdio};
 use std::time::Duration;
 
 use anyhow::{Context, Result, ensure};
+use clap::ValueEnum;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
 use crate::paths;
 use crate::testbed::{STARTED_AGAIN, Testbed};
+
+/// Whom to compare with.
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub(super) enum Peer {
+    /// Debian's QEMU, with KVM.
+    Qemu,
+    /// Nobody: this project's monitor alone.
+    None,
+}
+
+impl Peer {
+    /// Whose migrations to measure, in the words of the programs that do.
+    pub(super) fn monitors(self) -> &'static str {
+        match self {
+            Peer::Qemu => "blackout,qemu",
+            Peer::None => "blackout",
+        }
+    }
+}
 
 /// Runs a program that prints one JSON object a line, and hands each on.
 ///

@@ -12,11 +12,10 @@ use std::process::Command;
 use std::time::Duration;
 
 use anyhow::Result;
-use clap::ValueEnum;
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
-use super::compare::{self, Ratio, median, ratio};
+use super::compare::{self, Peer, Ratio, median, ratio};
 use crate::artifacts::{self, Platform};
 use crate::kernel::{Arch, Kernel, Package, Series};
 use crate::setup::{self, Purpose};
@@ -67,14 +66,6 @@ pub(crate) struct Arguments {
     /// Where `downtime.json` goes.
     #[arg(long, value_name = "DIR")]
     out: Option<PathBuf>,
-}
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
-enum Peer {
-    /// Debian's QEMU, with KVM.
-    Qemu,
-    /// Nobody: this project's monitor alone.
-    None,
 }
 
 /// One migration, as `bench-downtime` prints it.
@@ -148,12 +139,8 @@ fn in_testbed(arguments: &Arguments) -> Result<Vec<Migration>> {
 }
 
 fn options(arguments: &Arguments) -> Vec<String> {
-    let monitors = match arguments.peer {
-        Peer::Qemu => "blackout,qemu",
-        Peer::None => "blackout",
-    };
     let options = [
-        ["--monitors", monitors],
+        ["--monitors", arguments.peer.monitors()],
         ["--transports", &arguments.transports.join(",")],
         ["--dirty", &arguments.dirty.join(",")],
         ["--runs", &arguments.runs.to_string()],

@@ -1,5 +1,5 @@
 //! `cargo xtask bench throughput`: how fast a large idle guest migrates over TCP on loopback, beside
-//! QEMU, beside the sockets alone, and beside memory for as many pages alone.
+//! QEMU, and beside the sockets alone, into memory that is used again and again, and into fresh memory.
 
 use std::collections::{BTreeMap, BTreeSet};
 use std::path::PathBuf;
@@ -9,13 +9,16 @@ use anyhow::Result;
 use serde::{Deserialize, Serialize};
 use serde_json::json;
 
-use super::compare::{self, Ratio, median, ratio};
+use super::compare::{self, Peer, Ratio, median, ratio};
 use crate::artifacts::{self, Platform};
 use crate::setup::{self, Purpose};
 
 /// Arguments of `cargo xtask bench throughput`.
 #[derive(clap::Args)]
 pub(crate) struct Arguments {
+    /// Whom to compare with.
+    #[arg(long, value_enum, default_value = "qemu")]
+    peer: Peer,
     /// Guest RAM, full of incompressible pages, GiB; source and destination need as much each.
     #[arg(long, default_value_t = 4)]
     gib: u64,
@@ -33,7 +36,7 @@ pub(crate) struct Arguments {
 /// One run, as `bench-throughput` prints it.
 #[derive(Debug, Deserialize, Serialize)]
 struct Run {
-    /// A monitor, `sockets`, or `memory`.
+    /// A monitor, `sockets`, or `fresh`: sockets into fresh memory.
     what: String,
     transport: String,
     ns: u64,
@@ -47,7 +50,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
     let artifacts = artifacts::build(Platform::Host)?;
     let mut command = Command::new(&artifacts.bench_throughput);
     command
-        .args(["--monitors", "blackout,qemu"])
+        .args(["--monitors", arguments.peer.monitors()])
         .args(["--transports", &arguments.transports.join(",")])
         .args(["--gib", &arguments.gib.to_string()])
         .args(["--runs", &arguments.runs.to_string()])
@@ -68,7 +71,7 @@ pub(crate) fn run(arguments: &Arguments) -> Result<u8> {
         arguments.out.as_deref(),
         "throughput.json",
         &json!({
-            "schema": "blackout.bench-throughput/3",
+            "schema": "blackout.bench-throughput/4",
             "gib": arguments.gib,
             "runs": runs,
         }),
@@ -113,9 +116,12 @@ fn print(runs: &[Run], gib: u64) {
             }
         };
         say("total time, to QEMU's:", took("blackout"), took("qemu"));
-        for limit in ["sockets", "memory"] {
-            let text = format!("share of what the {limit} can do:");
-            say(&text, took(limit), took("blackout"));
+        let limits = [
+            ("sockets", "share of what the sockets can do:"),
+            ("fresh", "share of what they can do into fresh memory:"),
+        ];
+        for (limit, text) in limits {
+            say(text, took(limit), took("blackout"));
         }
     }
 }
