@@ -10,8 +10,8 @@
 
 mod device_log;
 mod dirty;
+mod fill;
 pub mod handover;
-mod put;
 pub mod ring;
 #[cfg(test)]
 mod tests;
@@ -39,6 +39,7 @@ use crate::kvm::{self, Slot, Vm};
 use crate::probes::Errno;
 pub use device_log::DeviceLog;
 pub use dirty::merge;
+pub use fill::Filling;
 
 /// The mapping of guest RAM, with the log of what devices write.
 pub type RamMap = GuestMemoryMmap<DeviceLog>;
@@ -138,6 +139,8 @@ pub struct GuestRam {
     mem: Arc<RamMap>,
     slots: Arc<[Slot]>,
     memfd: Arc<File>,
+    /// How [`GuestRam::put_pages`] does it.
+    filler: Arc<fill::Filler>,
 }
 
 impl GuestRam {
@@ -173,6 +176,7 @@ impl GuestRam {
             mem: Arc::new(mem),
             slots,
             memfd,
+            filler: Arc::default(),
         })
     }
 

@@ -11,14 +11,14 @@ fn ram_is_zeroed_and_bounded() {
     ram.read(0x1ffc, &mut word).unwrap();
     assert_eq!(word, [1, 2, 3, 4]);
     assert_eq!(ram.write(0x1ffd, &word).unwrap_err().errno(), libc::EFAULT);
-    for put in [GuestRam::put_pages, GuestRam::put_pages_in_parallel] {
-        put(&ram, 0x1000, &[5; 0x1000]).unwrap();
-        let error = put(&ram, 0x1000, &[6; 0x2000]).unwrap_err();
-        assert_eq!(error.errno(), libc::EFAULT);
-        ram.read(0x1ffc, &mut word).unwrap();
-        assert_eq!(word, [5; 4]);
-        put(&ram, 0x1000, &[0; 0x1000]).unwrap();
-    }
+    ram.put_pages(0x1000, &[5; 0x1000]).unwrap();
+    assert_eq!(
+        ram.put_pages(0x1000, &[6; 0x2000]).unwrap_err().errno(),
+        libc::EFAULT
+    );
+    ram.read(0x1ffc, &mut word).unwrap();
+    assert_eq!(word, [5; 4]);
+    ram.put_pages(0x1000, &[0; 0x1000]).unwrap();
     ram.write(0x1ffc, &[1, 2, 3, 4]).unwrap();
     ram.read(0x1ffc, &mut word).unwrap();
     assert_eq!(ram.checksum().unwrap(), {
@@ -71,4 +71,49 @@ fn a_region_is_made_of_whole_pages() {
         GuestRam::new(&[(0, 0)]),
         Err(Error::Layout { .. })
     ));
+}
+
+#[test]
+fn ram_that_is_being_filled_takes_every_page() {
+    const PAGES: usize = 96;
+    let half = PAGES as u64 / 2 * PAGE_SIZE;
+    let ram = GuestRam::new(&[(0, half), (half, half)]).unwrap();
+    let mut expected = vec![0; PAGES * PAGE_SIZE as usize];
+    for (number, page) in expected.chunks_mut(PAGE_SIZE as usize).enumerate() {
+        page.fill(number as u8 + 1);
+    }
+    // Some pages are there before, or come twice.
+    ram.write(5 * PAGE_SIZE, &[0xff; 3]).unwrap();
+    let filling = ram.fill();
+    let put = |first: usize, pages: usize| {
+        let at = first * PAGE_SIZE as usize;
+        let pages = &expected[at..at + pages * PAGE_SIZE as usize];
+        ram.put_pages(at as u64, pages).unwrap();
+    };
+    put(47, 2);
+    put(90, 1);
+    std::thread::scope(|scope| {
+        for first in (0..PAGES).step_by(12) {
+            scope.spawn(move || put(first, 12));
+        }
+    });
+    let beyond = ram.put_pages(2 * half - PAGE_SIZE, &[0; 2 * PAGE_SIZE as usize]);
+    assert_eq!(beyond.unwrap_err().errno(), libc::EFAULT);
+    let hole = PageRun {
+        gpa: 20 * PAGE_SIZE,
+        pages: 3,
+    };
+    ram.zero(hole).unwrap();
+    put(21, 1);
+    drop(filling);
+    for number in [20, 22] {
+        expected[number * PAGE_SIZE as usize..][..PAGE_SIZE as usize].fill(0);
+    }
+    let mut all = vec![0; expected.len()];
+    ram.read(0, &mut all).unwrap();
+    assert!(all == expected);
+    // It is RAM like any other again.
+    ram.put_pages(0, &expected[..4096]).unwrap();
+    ram.zero(hole).unwrap();
+    ram.write(20 * PAGE_SIZE, &[7]).unwrap();
 }

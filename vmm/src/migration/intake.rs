@@ -210,12 +210,7 @@ impl Shared {
                 }
                 state.loading += 1;
             }
-            let loaded = ram::load(
-                &self.ram,
-                frame.payload,
-                None,
-                GuestRam::put_pages_in_parallel,
-            );
+            let loaded = ram::load(&self.ram, frame.payload, None);
             let tally = {
                 let mut state = self.lock();
                 state.loading -= 1;

@@ -134,7 +134,7 @@ impl Loader {
         let (done, loaded) = mpsc::channel();
         let serve = move || {
             for (offset, payload) in frames {
-                let result = ram::load(&ram, &payload, None, GuestRam::put_pages_in_parallel);
+                let result = ram::load(&ram, &payload, None);
                 // Nobody is interested any more when this fails.
                 let _ = done.send((LoadedFrame { offset, result }, payload));
             }

@@ -22,7 +22,7 @@ use super::stream::message::{
 use super::stream::ram::{self, LoadError, Tally};
 use super::vm::TargetVm;
 use crate::memory::handover::Adopted;
-use crate::memory::{GuestRam, PAGE_SIZE};
+use crate::memory::{Filling, GuestRam, PAGE_SIZE};
 use crate::probes::{self, Guarded};
 use crate::runstate::RunState;
 use crate::spanlog::{SpanLog, SpanRecord, monotonic_ns};
@@ -57,6 +57,8 @@ pub(super) struct Receiver<'a, V> {
     intake: Option<Intake>,
     /// Threads for the first round, while it lasts.
     loaders: Option<Loaders>,
+    /// RAM that has no pages yet, as long as the first round lasts.
+    filling: Option<Filling>,
     patience: Patience,
     /// The round that is being loaded or comes next.
     round: u32,
@@ -87,6 +89,7 @@ impl<'a, V: TargetVm> Receiver<'a, V> {
             place: None,
             intake: None,
             loaders: None,
+            filling: None,
             patience: Patience::default(),
             round: 1,
             ram_complete: false,
@@ -120,6 +123,7 @@ impl<'a, V: TargetVm> Receiver<'a, V> {
         self.patience = door.patience();
         self.greet(door, board)?;
         board.set_status(MigrationStatus::Active);
+        self.filling = self.adopted.is_none().then(|| self.ram.fill());
         let loaded = self.load(board);
         // The source only says what this side has told it of a connection that broke.
         let broken = self.intake.as_ref().and_then(Intake::take_error);
@@ -329,7 +333,7 @@ impl<'a, V: TargetVm> Receiver<'a, V> {
                     offset, payload, ..
                 } = self.channel.current();
                 let place = self.place.as_ref();
-                let result = ram::load(&self.ram, payload, place, GuestRam::put_pages);
+                let result = ram::load(&self.ram, payload, place);
                 Some(LoadedFrame { offset, result })
             }
         };
@@ -381,6 +385,7 @@ impl<'a, V: TargetVm> Receiver<'a, V> {
         if let Some(problem) = problem {
             return Err(frame.malformed(problem).into());
         }
+        self.filling = None;
         self.round = self.round.wrapping_add(1);
         if !end.last {
             self.answer(&RoundLoaded { round: end.round })?;

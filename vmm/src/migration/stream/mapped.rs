@@ -319,9 +319,7 @@ mod tests {
         let mut pages = 0;
         saver.tell(|packer| {
             let payload = &packer.frame()[HEADER_LEN..];
-            pages += ram::load(&target, payload, Some(&place), GuestRam::put_pages)?
-                .1
-                .pages;
+            pages += ram::load(&target, payload, Some(&place))?.1.pages;
             Ok::<_, ram::LoadError>(())
         })?;
         assert_eq!(pages, 304);

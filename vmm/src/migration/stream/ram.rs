@@ -211,11 +211,8 @@ pub(crate) fn round(payload: &[u8]) -> Option<u32> {
     u32_at(payload, 0)
 }
 
-/// Puts whole pages into RAM at an address.
-pub(crate) type Put = fn(&GuestRam, u64, &[u8]) -> Result<(), memory::Error>;
-
-/// Puts the pages of a frame's payload into `ram` by `put`, and returns its round and what it held. Data
-/// that is elsewhere in the file is read from `place`.
+/// Puts the pages of a frame's payload into `ram`, and returns its round and what it held. Data that is
+/// elsewhere in the file is read from `place`.
 ///
 /// # Errors
 /// When the payload is malformed or reaches outside RAM; some of its pages may be loaded then.
@@ -223,7 +220,6 @@ pub(crate) fn load(
     ram: &GuestRam,
     payload: &[u8],
     place: Option<&Place>,
-    put: Put,
 ) -> Result<(u32, Tally), LoadError> {
     let short = LoadError::Malformed("a record is cut short");
     let Some((round, mut rest)) = payload.split_first_chunk() else {
@@ -254,7 +250,7 @@ pub(crate) fn load(
                 let Some((data, after)) = rest.split_at_checked(len) else {
                     return Err(short);
                 };
-                put(ram, gpa, data)?;
+                ram.put_pages(gpa, data)?;
                 rest = after;
             }
             MAPPED => {
@@ -286,8 +282,6 @@ mod tests {
     use super::*;
 
     const BASE: u64 = 0x4000_0000;
-    /// The ways to put pages into RAM do the same.
-    const PUTS: [Put; 2] = [GuestRam::put_pages, GuestRam::put_pages_in_parallel];
 
     fn ram() -> GuestRam {
         GuestRam::new(&[(BASE, 256 * PAGE_SIZE)]).unwrap()
@@ -323,14 +317,12 @@ mod tests {
             }
         );
 
-        for put in PUTS {
-            let destination = ram();
-            destination
-                .write(BASE + 8 * PAGE_SIZE, &[0xff; 4096])
-                .unwrap();
-            assert_eq!(load(&destination, &payload, None, put).unwrap(), (7, sent));
-            assert_eq!(destination.checksum().unwrap(), source.checksum().unwrap());
-        }
+        let destination = ram();
+        destination
+            .write(BASE + 8 * PAGE_SIZE, &[0xff; 4096])
+            .unwrap();
+        assert_eq!(load(&destination, &payload, None).unwrap(), (7, sent));
+        assert_eq!(destination.checksum().unwrap(), source.checksum().unwrap());
     }
 
     #[test]
@@ -357,7 +349,7 @@ mod tests {
         packer.add_zeroes(more);
         let ram = ram();
         ram.write(BASE, &[1; 6 * PAGE]).unwrap();
-        let (_, loaded) = load(&ram, &packer.frame()[HEADER_LEN..], None, PUTS[0]).unwrap();
+        let (_, loaded) = load(&ram, &packer.frame()[HEADER_LEN..], None).unwrap();
         assert_eq!(loaded.pages, 5);
         assert_eq!(loaded.bytes, (ROUND_LEN + RECORD_LEN) as u64, "one record");
         let (written, untouched) = ram.written_and_untouched().unwrap();
@@ -408,23 +400,20 @@ mod tests {
             (BASE, u32::MAX, DATA),
         ] {
             assert!(
-                load(&ram, &record(gpa, pages, content), None, PUTS[0]).is_err(),
+                load(&ram, &record(gpa, pages, content), None).is_err(),
                 "{gpa:#x} {pages} {content}"
             );
         }
         let mut outside = record(BASE + 256 * PAGE_SIZE, 1, DATA);
         outside.extend([1; PAGE]);
-        for put in PUTS {
-            let loaded = load(&ram, &outside, None, put);
-            assert!(matches!(loaded, Err(LoadError::Memory(_))));
-        }
+        assert!(matches!(
+            load(&ram, &outside, None),
+            Err(LoadError::Memory(_))
+        ));
 
         let (payload, _) = pack(&ram, 0..2);
         for len in (0..payload.len()).filter(|&len| len != ROUND_LEN) {
-            assert!(
-                load(&ram, &payload[..len], None, PUTS[0]).is_err(),
-                "cut at {len}"
-            );
+            assert!(load(&ram, &payload[..len], None).is_err(), "cut at {len}");
         }
     }
 }
