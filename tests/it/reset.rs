@@ -5,7 +5,7 @@ use std::time::Duration;
 
 use anyhow::{Result, ensure};
 use blackout_abi::guest::command;
-use harness::{GuestView, Vmm, VmmOptions};
+use harness::{GuestView, Vmm, VmmOptions, programs};
 use serde_json::{Value, json};
 
 use crate::migrate::{LIMIT, Running, small};
@@ -106,6 +106,28 @@ fn a_machine_is_reset_while_it_moves() -> Result<()> {
     println!("reset during the migration: {reset:?}");
     let answer = source.vmm.qmp.wait_migrated(LIMIT)?;
     ensure!(answer["status"] == "completed", "{answer}");
+    destination.guest.wait_ready(LIMIT)?;
+    destination.runs()
+}
+
+#[test]
+fn a_guest_that_is_arriving_is_not_reset() -> Result<()> {
+    let options = small();
+    let mut source = Running::boot(&options)?;
+    // A destination may have a program, for the resets of the guest that it will have.
+    let program = programs::guest()?.display().to_string();
+    let mut with_program = options.clone();
+    with_program.extra.extend(["--payload".into(), program]);
+    let mut destination = Running::wait_for(&with_program)?;
+    let refused = destination
+        .vmm
+        .qmp
+        .expect_error("system_reset", Value::Null)?;
+    ensure!(refused.desc.contains("inmigrate"), "{refused:?}");
+    let answer = source.vmm.qmp.migrate(&destination.uri(), LIMIT)?;
+    ensure!(answer["status"] == "completed", "{answer}");
+    destination.runs()?;
+    destination.vmm.qmp.execute("system_reset", Value::Null)?;
     destination.guest.wait_ready(LIMIT)?;
     destination.runs()
 }

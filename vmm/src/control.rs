@@ -121,8 +121,9 @@ pub fn vm_start(machine: &mut Machine) -> Result<(), Error> {
 pub fn system_reset(machine: &mut Machine, guest: bool, reason: &'static str) -> Result<(), Error> {
     let (from, to) = (machine.run_state(), RunState::Prelaunch);
     let was_running = from.is_running();
-    if from == RunState::FinishMigrate {
-        // A failed switchover may go back there; nobody else.
+    if matches!(from, RunState::FinishMigrate | RunState::Inmigrate) {
+        // A failed switchover may go back there, and a guest that was never started arrive there; nobody
+        // else. What has arrived of a guest would be lost.
         return Err(IllegalTransition { from, to }.into());
     }
     if !was_running {
