@@ -234,6 +234,10 @@ impl Write for Wire {
     }
 }
 
+/// How often a side that does not read is listened to while it may be silent: what it says in between
+/// counts from the next look on.
+const LOOKS: u32 = 8;
+
 /// Writes what there is room for, and waits for room as long as the socket's timeout says, or for longer
 /// while more and more comes from the other side: it may be busy.
 ///
@@ -242,21 +246,24 @@ impl Write for Wire {
 /// a side that has given up goes on reading only to be polite.
 pub(super) fn write_patiently(socket: &Socket, bytes: &[u8]) -> io::Result<usize> {
     let silence = socket.write_timeout()?.unwrap_or(Duration::MAX);
-    let mut heard = rustix::io::ioctl_fionread(socket)?;
+    let (mut heard, mut heard_at) = (rustix::io::ioctl_fionread(socket)?, Instant::now());
     loop {
         match send(socket, bytes, SendFlags::DONTWAIT | SendFlags::NOSIGNAL) {
             Err(Errno::AGAIN) => {}
             sent => return Ok(sent?),
         }
-        let ready = ready(socket, PollFlags::OUT | PollFlags::RDHUP, silence)?;
+        let ready = ready(socket, PollFlags::OUT | PollFlags::RDHUP, silence / LOOKS)?;
         let unread = rustix::io::ioctl_fionread(socket)?;
-        if ready.is_empty() && unread <= heard {
+        if unread > heard {
+            heard_at = Instant::now();
+        }
+        heard = unread;
+        if ready.is_empty() && heard_at.elapsed() >= silence {
             return Err(io::ErrorKind::WouldBlock.into());
         }
         if ready.intersects(GONE) && !ready.intersects(PollFlags::OUT) {
             return Err(Errno::PIPE.into());
         }
-        heard = unread;
     }
 }
 
