@@ -196,8 +196,13 @@ impl<'a, V: TargetVm> Receiver<'a, V> {
         if self.commit == Destination::Failed && self.devices_begun > 0 {
             self.vm.spoil();
         }
+        self.filling = None;
         if self.answered {
             self.channel.give_up(reason, spans);
+        }
+        // What has arrived is nobody's, and the next guest's RAM comes where there is none.
+        if let Err(error) = self.ram.clear() {
+            tracing::warn!("guest RAM that has arrived is kept: {error}");
         }
     }
 
