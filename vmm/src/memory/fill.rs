@@ -21,7 +21,8 @@ use super::{Error, GuestRam, PAGE_SIZE};
 const SHMEM_ENABLED: &str = "/sys/kernel/mm/transparent_hugepage/shmem_enabled";
 
 /// RAM that gets its first pages. What has not arrived yet must be neither read nor written, other than by
-/// [`GuestRam::put_pages`] and [`GuestRam::zero`], before this is dropped: who does waits until then.
+/// [`GuestRam::put_pages`] and [`GuestRam::zero`], before this is dropped: this process would wait until
+/// then, and the kernel's own accesses, such as KVM's, fail.
 #[derive(Debug)]
 pub struct Filling(GuestRam);
 
@@ -37,9 +38,7 @@ impl GuestRam {
     /// kernel has huge pages for memfds, the guest is better off with those. There, and where this process
     /// may not do it, pages are put as ever.
     pub fn fill(&self) -> Filling {
-        let small = fs::read_to_string(SHMEM_ENABLED)
-            .is_ok_and(|text| ["[never]", "[deny]"].iter().any(|no| text.contains(no)));
-        if small {
+        if small_pages() {
             match self.userfaultfd() {
                 Ok(fd) => self.filler.set(Some(fd)),
                 Err(error) => tracing::debug!("no userfaultfd, RAM is filled by writes: {error}"),
@@ -50,7 +49,7 @@ impl GuestRam {
 
     /// A userfaultfd for all of RAM (Documentation/admin-guide/mm/userfaultfd.rst).
     fn userfaultfd(&self) -> io::Result<OwnedFd> {
-        // Accesses of the kernel's own fail instead of waiting, so this takes no rights.
+        // That accesses of the kernel's own do not wait is why this takes no rights.
         let user_only = UserfaultfdFlags::from_bits_retain(UFFD_USER_MODE_ONLY);
         // SAFETY: it stays in this module, which puts pages where there are none and does nothing else.
         let fd = unsafe { userfaultfd(UserfaultfdFlags::CLOEXEC | user_only)? };
@@ -129,6 +128,12 @@ impl Filler {
     }
 }
 
+/// Whether memfds have small pages in any case.
+fn small_pages() -> bool {
+    fs::read_to_string(SHMEM_ENABLED)
+        .is_ok_and(|text| ["[never]", "[deny]"].iter().any(|no| text.contains(no)))
+}
+
 /// Copies pages to `target`, a place in registered RAM that is long enough, up to the first that is there
 /// already, or whatever else is in the way. Returns the number of bytes.
 fn copy(fd: impl AsFd, target: *mut u8, pages: &[u8]) -> usize {
@@ -154,5 +159,63 @@ fn copy(fd: impl AsFd, target: *mut u8, pages: &[u8]) -> usize {
             Err(io::Errno::AGAIN) if copy.copy > 0 => {}
             _ => return done,
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::memory::PageRun;
+    use crate::probes::Errno;
+
+    #[test]
+    fn ram_that_is_being_filled_takes_every_page() {
+        const PAGES: usize = 96;
+        let half = PAGES as u64 / 2 * PAGE_SIZE;
+        let ram = GuestRam::new(&[(0, half), (half, half)]).unwrap();
+        let mut expected = vec![0; PAGES * PAGE_SIZE as usize];
+        for (number, page) in expected.chunks_mut(PAGE_SIZE as usize).enumerate() {
+            page.fill(number as u8 + 1);
+        }
+        // Some pages are there before, or come twice.
+        ram.write(5 * PAGE_SIZE, &[0xff; 3]).unwrap();
+        let wanted = small_pages() && ram.userfaultfd().is_ok();
+        let filling = ram.fill();
+        let used = ram.filler.0.read().unwrap().is_some();
+        assert!(used == wanted);
+        if !used {
+            println!("SKIP: no userfaultfd here, or huge pages for memfds: only writes are tested");
+        }
+        let put = |first: usize, pages: usize| {
+            let at = first * PAGE_SIZE as usize;
+            let pages = &expected[at..at + pages * PAGE_SIZE as usize];
+            ram.put_pages(at as u64, pages).unwrap();
+        };
+        put(47, 2);
+        put(90, 1);
+        std::thread::scope(|scope| {
+            for first in (0..PAGES).step_by(12) {
+                scope.spawn(move || put(first, 12));
+            }
+        });
+        let beyond = ram.put_pages(2 * half - PAGE_SIZE, &[0; 2 * PAGE_SIZE as usize]);
+        assert_eq!(beyond.unwrap_err().errno(), libc::EFAULT);
+        let hole = PageRun {
+            gpa: 20 * PAGE_SIZE,
+            pages: 3,
+        };
+        ram.zero(hole).unwrap();
+        put(21, 1);
+        drop(filling);
+        for number in [20, 22] {
+            expected[number * PAGE_SIZE as usize..][..PAGE_SIZE as usize].fill(0);
+        }
+        let mut all = vec![0; expected.len()];
+        ram.read(0, &mut all).unwrap();
+        assert!(all == expected);
+        // It is RAM like any other again.
+        ram.put_pages(0, &expected[..4096]).unwrap();
+        ram.zero(hole).unwrap();
+        ram.write(20 * PAGE_SIZE, &[7]).unwrap();
     }
 }
