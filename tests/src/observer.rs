@@ -207,10 +207,17 @@ fn sharpen(
         thread::sleep(LONG_NAP);
     }
     let dark = stamps.iter().map(Stamps::dark);
-    Ok(sharpened(seen, dark.collect()))
+    let sharp = sharpened(seen, dark.collect());
+    // The counters were seen to stand still for that long, whatever the stamps say.
+    let stood_ns = seen.blackout_ns().saturating_sub(seen.error_ns);
+    Ok(match sharp.blackout_ns() + sharp.error_ns >= stood_ns {
+        true => sharp,
+        false => seen,
+    })
 }
 
-/// What was `seen` with the moments at which each vCPU stopped and went on, if all of them tell.
+/// What was `seen` with the moments at which each vCPU stopped and went on, if all of them tell, and
+/// nothing that can't be.
 fn sharpened(seen: Seen, dark: Option<Vec<(Moment, Moment)>>) -> Seen {
     let dark = dark.unwrap_or_default();
     let last = dark.iter().map(|(stopped, _)| stopped);
@@ -221,10 +228,14 @@ fn sharpened(seen: Seen, dark: Option<Vec<(Moment, Moment)>>) -> Seen {
     ) else {
         return seen;
     };
+    let error_ns = last.error_ns + first.error_ns;
+    if first.at_ns + error_ns < last.at_ns {
+        return seen;
+    }
     Seen {
         last_progress_ns: last.at_ns,
         first_progress_ns: first.at_ns.max(last.at_ns),
-        error_ns: last.error_ns + first.error_ns,
+        error_ns,
         ..seen
     }
 }
@@ -322,4 +333,31 @@ fn prepare() -> Result<Duration> {
 fn now_ns() -> Result<u64> {
     let now = clock_gettime(ClockId::CLOCK_MONOTONIC)?;
     Ok(now.tv_sec().unsigned_abs() * 1_000_000_000 + now.tv_nsec().unsigned_abs())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn stamps_that_can_not_be_sharpen_nothing() {
+        let seen = Seen {
+            last_progress_ns: 1_000,
+            first_progress_ns: 9_000,
+            error_ns: 500,
+            set_aside_ns: 0,
+        };
+        let moment = |at_ns| Moment {
+            at_ns,
+            error_ns: 10,
+        };
+        let sharp = |stopped, went_on| {
+            let dark = Some(vec![(moment(stopped), moment(went_on))]);
+            let sharp = sharpened(seen, dark);
+            (sharp.last_progress_ns, sharp.first_progress_ns)
+        };
+        assert_eq!(sharp(1_100, 8_900), (1_100, 8_900));
+        assert_eq!(sharp(5_000, 4_990), (5_000, 5_000));
+        assert_eq!(sharp(5_000, 4_000), (1_000, 9_000));
+    }
 }
