@@ -170,10 +170,12 @@ fn needs(purposes: &[Purpose]) -> Vec<Box<dyn Need>> {
         }
         // Debian's cross compiler only recommends the C library's headers, and what is recommended is
         // not installed.
-        needs.push(Box::new(File {
-            path: "/usr/aarch64-linux-gnu/include/stdio.h",
-            package: "libc6-dev-arm64-cross",
-        }));
+        if ARCH != "aarch64" {
+            needs.push(Box::new(File {
+                path: "/usr/aarch64-linux-gnu/include/stdio.h",
+                package: "libc6-dev-arm64-cross",
+            }));
+        }
         needs.push(Box::new(python::Environment));
     }
     if purposes.contains(&Purpose::SlowTest) {
