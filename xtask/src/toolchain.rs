@@ -214,7 +214,10 @@ impl Choice {
                 )
                 .env(
                     "CARGO_ENCODED_RUSTFLAGS",
-                    format!("-Ctarget-feature=+crt-static,+crc\x1f-L{}", library.display()),
+                    format!(
+                        "-Ctarget-feature=+crt-static,+crc\x1f-L{}",
+                        library.display()
+                    ),
                 );
         }
         if self.target == BPF_TARGET {

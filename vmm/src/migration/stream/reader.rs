@@ -15,7 +15,7 @@ pub(crate) struct FrameReader<R> {
     inner: BufReader<R>,
     offset: u64,
     sequence: u32,
-    /// Only ever grows: what lies past the current payload is left from an earlier one.
+    /// What lies past the current payload is left from an earlier one.
     payload: Vec<u8>,
     /// Kind, offset and length of the frame that `payload` holds.
     current: (Kind, u64, usize),
