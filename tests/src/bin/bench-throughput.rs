@@ -1,6 +1,6 @@
 //! How fast a large idle guest full of incompressible pages migrates, and what that costs in CPU
-//! time: this project's monitor and QEMU in turn, and the limits of both: the sockets alone, from memory
-//! to memory that is used again and again, and to memory that is fresh, as a destination's is.
+//! time: this project's monitor and QEMU in turn, beside their limit, the sockets alone, and beside plain
+//! reads from these sockets into memory that is fresh, as a destination's is.
 //! `cargo xtask bench throughput` runs it and says what comes of it.
 //!
 //! Prints one JSON object a line for each run.
@@ -137,8 +137,10 @@ fn ticks(stat: &str) -> Result<u64> {
     Ok(next()? + next()?)
 }
 
-/// Moves `bytes` from memory to memory over so many connections by TCP on loopback: nothing that does
-/// more can be faster. The memory that they go to is `fresh`, or used for all of them.
+/// Moves `bytes` from memory to memory over so many connections by TCP on loopback. If the memory that they
+/// go to is used again and again, nothing that does more can be faster. If it is `fresh`, the kernel makes
+/// each page as it is read into, which is what a destination does that does nothing else, and not the
+/// fastest way.
 fn sockets(bytes: u64, connections: u64, fresh: bool) -> Result<Duration> {
     let listener = TcpListener::bind("127.0.0.1:0")?;
     let address = listener.local_addr()?;

@@ -1,8 +1,9 @@
 //! `cargo xtask bench downtime`: how long a guest is dark while it migrates, beside QEMU.
 //!
 //! `bench-downtime` migrates the same bare-metal guest with either monitor in turn, and an observer
-//! looks at the guest's counter in the memory of both sides: neither monitor's word is taken. No tool
-//! is attached. Other work on the machine lengthens both; the ratio is what to look at.
+//! looks into the memory of both sides, at the guest's counter and, where it makes some, at its stamps:
+//! neither monitor's word is taken for how long it was dark. No tool is attached. Other work on the
+//! machine lengthens both; the ratio is what to look at.
 //!
 //! With `--testbed` both run in the arm64 testbed, where the guest has interrupts mapped in an ITS.
 
