@@ -8,8 +8,6 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
 use harness::{GuestView, Vmm, VmmOptions, attached, programs, skip};
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::Pid;
 
 /// The testbed is emulated, and may share its machine: there bpftrace takes minutes to compile a script
 /// with every probe.
@@ -78,8 +76,7 @@ fn follow(script: &str) -> Result<String> {
     let mut tracer = attach(&file, source.pid(), &output)?;
     let answer = source.qmp.migrate(&uri, LIMIT)?;
     ensure!(answer["status"] == "completed", "{answer}");
-    kill(Pid::from_raw(tracer.id().cast_signed()), Signal::SIGINT)?;
-    tracer.wait()?;
+    attached::end(&mut tracer)?;
     Ok(fs::read_to_string(output)?)
 }
 

@@ -1,10 +1,13 @@
-//! When bpftrace has attached: it does not say so.
+//! When bpftrace has attached, which it does not say, and how it is ended.
 
 use std::fs;
+use std::process::Child;
 use std::thread;
 use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, ensure};
+use nix::sys::signal::{Signal, kill};
+use nix::unistd::Pid;
 
 use crate::skip::emulated;
 
@@ -30,4 +33,21 @@ pub fn wait(pid: u32) -> Result<()> {
         ensure!(Instant::now() < deadline, "{pid} still attaches");
         thread::sleep(Duration::from_millis(100));
     }
+}
+
+/// Has bpftrace print what it has gathered and end. It does not notice an interrupt that comes while it
+/// is not waiting for events (up to 0.17 at least), so it may take more than one.
+pub fn end(bpftrace: &mut Child) -> Result<()> {
+    let pid = Pid::from_raw(bpftrace.id().cast_signed());
+    let deadline = Instant::now() + LIMIT;
+    while bpftrace.try_wait()?.is_none() {
+        ensure!(Instant::now() < deadline, "{pid} does not end");
+        kill(pid, Signal::SIGINT)?;
+        // It prints for a while; another interrupt then does no harm.
+        let looks = Instant::now() + Duration::from_secs(5);
+        while bpftrace.try_wait()?.is_none() && Instant::now() < looks {
+            thread::sleep(Duration::from_millis(20));
+        }
+    }
+    Ok(())
 }

@@ -9,9 +9,8 @@ use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result, bail, ensure};
 use blackout_abi::probes::{ArgKind, PROBES, PROVIDER};
-use harness::programs;
-use nix::sys::signal::{Signal, kill};
-use nix::unistd::{Pid, SysconfVar, sysconf};
+use harness::{attached, programs};
+use nix::unistd::{SysconfVar, sysconf};
 use serde::Serialize;
 
 use crate::LIMIT;
@@ -92,7 +91,7 @@ impl Attached {
 
     /// Ends it as Ctrl-C would; whether it says that all went well.
     pub(crate) fn stop(mut self) -> Result<bool> {
-        kill(Pid::from_raw(self.child.id().cast_signed()), Signal::SIGINT)?;
+        attached::end(&mut self.child)?;
         Ok(self.child.wait()?.success())
     }
 }
