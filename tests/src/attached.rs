@@ -35,17 +35,17 @@ pub fn wait(pid: u32) -> Result<()> {
     }
 }
 
-/// Has bpftrace print what it has gathered and end. It does not notice an interrupt that comes while it
-/// is not waiting for events (up to 0.17 at least), so it may take more than one.
-pub fn end(bpftrace: &mut Child) -> Result<()> {
-    let pid = Pid::from_raw(bpftrace.id().cast_signed());
+/// Has bpftrace, or another recorder, print what it has gathered and end. bpftrace does not notice an
+/// interrupt that comes while it is not waiting for events (0.17 at least), so it may take more than one.
+pub fn end(recorder: &mut Child) -> Result<()> {
+    let pid = Pid::from_raw(recorder.id().cast_signed());
     let deadline = Instant::now() + LIMIT;
-    while bpftrace.try_wait()?.is_none() {
+    while recorder.try_wait()?.is_none() {
         ensure!(Instant::now() < deadline, "{pid} does not end");
         kill(pid, Signal::SIGINT)?;
         // It prints for a while; another interrupt then does no harm.
         let looks = Instant::now() + Duration::from_secs(5);
-        while bpftrace.try_wait()?.is_none() && Instant::now() < looks {
+        while recorder.try_wait()?.is_none() && Instant::now() < looks {
             thread::sleep(Duration::from_millis(20));
         }
     }
